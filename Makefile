@@ -1,0 +1,105 @@
+# Everything that is done to this repository, one command each. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# serve: what to serve, and where
+MODEL ?= models/nanoflow-demo
+HOST ?= 127.0.0.1
+PORT ?= 8000
+# setup: the interpreter (default: the first of python3, python3.13, … that is new enough), the torch to install, and
+# the build of it: TORCH_BACKEND=cpu, =cu130, … or =auto for what this machine's driver supports. Empty: the build that
+# the package index has, or one in a folder of wheels named by PIP_FIND_LINKS or UV_FIND_LINKS.
+PYTHON ?=
+TORCH ?= torch==2.13.0
+TORCH_BACKEND ?=
+# test: further arguments for pytest, such as ARGS='-k scheduler -x'
+ARGS ?=
+
+comma := ,
+empty :=
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+export TORCH TORCH_BACKEND
+# The virtual environment of another project must not be taken for this one's.
+unexport VIRTUAL_ENV
+
+BIN := .venv/bin
+STAMP := .venv/.setup-stamp
+SETUP_INPUTS := pyproject.toml requirements.lock scripts/setup.sh $(wildcard packages/*/pyproject.toml apps/*/pyproject.toml) \
+	packages/nf-kernels/CMakeLists.txt $(wildcard packages/nf-kernels/csrc/*)
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: serve
+serve: setup ## Serve the demo model on 127.0.0.1:8000 (MODEL=, PORT=, HOST=)
+	@exec $(BIN)/nanoflow serve '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
+
+.PHONY: setup
+setup: $(STAMP) ## Prepare .venv (PYTHON=, TORCH=, TORCH_BACKEND=cpu|auto|cu130…)
+
+$(STAMP): $(SETUP_INPUTS)
+	@PYTHON='$(PYTHON)' scripts/setup.sh
+
+.PHONY: test
+test: setup ## Run the whole test suite (ARGS= goes to pytest); under 18 minutes on two cores
+	$(PYTEST) -m 'not long and not gpu' --session-timeout=1080 $(ARGS)
+
+.PHONY: test-long
+test-long: setup ## Run the tests that take long: soak, many kill rounds, all kernel tiles
+	$(PYTEST) -m 'long and not gpu' --timeout=7200 $(ARGS)
+
+.PHONY: gpu-check
+gpu-check: ## Run the tests that need a CUDA device, with the Python at hand (PYTHON=)
+	@"$${PYTHON:-$$(if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo python3; fi)}" scripts/gpu_check.py $(ARGS)
+
+.PHONY: lint
+lint: setup ## Check format, lint, types and the arrows between packages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: setup ## Rewrite the sources as `make lint` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: bench
+bench: setup ## Run all benchmarks; their JSON is kept under build/benchmarks, one file per run
+	@mkdir -p build/benchmarks
+	$(PYTEST) tests/benchmarks --timeout=3600 \
+		--benchmark-json="build/benchmarks/$$(date -u +%Y%m%dT%H%M%SZ).json" $(ARGS)
+
+SMOKE := build/benchmarks/smoke.json
+.PHONY: bench-smoke
+bench-smoke: setup
+	@mkdir -p $(dir $(SMOKE))
+	$(PYTEST) tests/benchmarks -m smoke --benchmark-json=$(SMOKE) -q $(ARGS)
+
+.PHONY: bench-check
+bench-check: bench-smoke ## Run a minute of benchmarks; fail where one lost more than 25 % of its speed
+	$(BIN)/python scripts/bench_check.py $(SMOKE)
+
+.PHONY: bench-baseline
+bench-baseline: bench-smoke ## Make this minute of benchmarks the committed baseline
+	$(BIN)/python scripts/bench_check.py $(SMOKE) --update
+
+.PHONY: lock
+lock: setup ## Resolve anew and write requirements.lock
+	@scripts/lock.sh requirements.lock
+
+.PHONY: lock-check
+lock-check: setup ## Fail when requirements.lock is not what a fresh resolution gives
+	@scripts/lock.sh --check requirements.lock
+
+.PHONY: clean
+clean: ## Remove .venv and everything that was built
+	rm -rf .venv uv.lock build packages/*/build packages/*/dist apps/*/dist \
+		.mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find packages apps tests scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,2 @@
+#define NF_ISA generic
+#include "kernels_impl.h"

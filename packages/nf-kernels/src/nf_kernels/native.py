@@ -1,0 +1,65 @@
+"""The compiled extension, or why there is none."""
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+_log = logging.getLogger(__name__)
+
+DISABLE_VARIABLE = "NANOFLOW_NATIVE_KERNELS"
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStatus:
+    """Whether the native CPU kernels can be used.
+
+    Attributes:
+        available: The extension is installed and loads.
+        reason: Why it is not available; empty when it is.
+        isa: Instruction set chosen at run time: `avx512`, `avx2` or `generic`; empty without it.
+    """
+
+    available: bool
+    reason: str
+    isa: str
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get(DISABLE_VARIABLE) == "0":
+        return None, f"switched off by {DISABLE_VARIABLE}=0"
+    # torch first: the extension then shares its OpenMP threads instead of starting a second pool.
+    importlib.import_module("torch")
+    try:
+        return importlib.import_module("nf_kernels._cpu"), ""
+    except ModuleNotFoundError:
+        return None, (
+            "nf-kernels was installed without a C++ compiler; "
+            "install one and reinstall nf-kernels for speed"
+        )
+    except ImportError as error:
+        return None, f"the extension does not load: {error}"
+
+
+def native_module() -> ModuleType | None:
+    """The extension module, or None; the first call without one logs why, once."""
+    module, reason = _load()
+    if module is None:
+        _warn_once(reason)
+    return module
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _log.warning("CPU kernels run in plain torch: %s.", reason)
+
+
+def native_status() -> NativeStatus:
+    """Tell whether the native CPU kernels are usable, and with which instruction set."""
+    module, reason = _load()
+    if module is None:
+        return NativeStatus(available=False, reason=reason, isa="")
+    return NativeStatus(available=True, reason="", isa=str(module.isa))

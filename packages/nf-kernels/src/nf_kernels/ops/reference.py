@@ -1,0 +1,265 @@
+"""Every operation in plain torch, on any device. Norms, RoPE and attention compute in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nf_kernels.ops.sampling import sample
+
+__all__ = [
+    "decode_attention",
+    "embedding",
+    "gather_rows",
+    "linear",
+    "moe_experts",
+    "moe_route",
+    "prefill_attention",
+    "rms_norm",
+    "rope_append",
+    "sample",
+    "swiglu",
+]
+
+
+def embedding(*, token_ids: Tensor, table: Tensor, out: Tensor) -> None:
+    """Look up rows of the embedding table.
+
+    Args:
+        token_ids: int64 [T].
+        table: [vocabulary, D].
+        out: [T, D], dtype of `table`.
+    """
+    torch.index_select(table, 0, token_ids, out=out)
+
+
+def gather_rows(*, x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy the rows `index` (int64 [S]) of `x` [T, D] to `out` [S, D]."""
+    torch.index_select(x, 0, index, out=out)
+
+
+def rms_norm(*, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """Root-mean-square norm of each row: x / sqrt(mean(x²) + eps) * weight.
+
+    Args:
+        x: [T, D].
+        weight: [D].
+        eps: Added to the mean square.
+        out: [T, D].
+    """
+    out.copy_(_rms_normalize(x, weight, eps))
+
+
+def _rms_normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def linear(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Matrix product x @ weightᵀ, plus a bias, plus a residual.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        out: [T, N]; may be `residual` itself.
+        bias: [N], or None.
+        residual: [T, N], or None.
+    """
+    if residual is not None:
+        torch.addmm(residual, x, weight.t(), out=out)
+        if bias is not None:
+            out.add_(bias)
+    elif bias is not None:
+        torch.addmm(bias, x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def rope_append(
+    *,
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Split qkv, normalize Q and K heads if asked, rotate them, and append K and V to their pages.
+
+    The rotation pairs element j with j + d/2 (the Hugging Face layout).
+
+    Args:
+        qkv: [T, (H + 2G) * d], rows are Q heads, K heads, V heads.
+        positions: int64 [T].
+        slots: int64 [T], page * page_size + offset of each token.
+        cos_sin: float32 [positions, d], d/2 cosines then d/2 sines.
+        k_cache: [pages, G, page_size, d].
+        v_cache: As `k_cache`.
+        out: [T, H * d], the rotated queries.
+        q_norm: [d], RMS-norm weight of every Q head, or None.
+        k_norm: [d], of every K head, or None.
+        eps: Of these norms.
+    """
+    tokens = qkv.shape[0]
+    _, kv_heads, page_size, head_dim = k_cache.shape
+    heads = out.shape[1] // head_dim
+    q, k, v = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        q = _rms_normalize(q, q_norm, eps)
+    if k_norm is not None:
+        k = _rms_normalize(k, k_norm, eps)
+    cosine, sine = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    out.copy_(_rotate(q, cosine, sine).reshape(tokens, -1))
+    pages = torch.div(slots, page_size, rounding_mode="floor")
+    offsets = slots % page_size
+    k_cache[pages, :, offsets] = _rotate(k, cosine, sine).to(k_cache.dtype)
+    v_cache[pages, :, offsets] = v
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def prefill_attention(
+    *,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    """Causal attention of the last tokens of some requests over all their pages.
+
+    Args:
+        q: [T, H * d], rows by request.
+        k_cache: [pages, G, page_size, d], the queries' own keys included.
+        v_cache: As `k_cache`.
+        page_table: int32 [requests, P].
+        query_start: int32 [requests + 1], rows of `q` of each request.
+        seq_lens: int32 [requests], tokens in pages, the queries' own included.
+        scale: Factor on the scores.
+        window: Keys a query sees, itself included; 0 means all.
+        out: [T, H * d].
+    """
+    _, kv_heads, page_size, head_dim = k_cache.shape
+    group = q.shape[1] // (kv_heads * head_dim)
+    starts = query_start.tolist()
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        rows = slice(starts[request], starts[request + 1])
+        pages = page_table[request, : -(-seq_len // page_size)].long()
+        keys, values = (
+            cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :seq_len].float()
+            for cache in (k_cache, v_cache)
+        )
+        count = rows.stop - rows.start
+        queries = q[rows].view(count, kv_heads, group, head_dim).float()
+        scores = torch.einsum("tkgd,ksd->kgts", queries * scale, keys)
+        key_at = torch.arange(seq_len, device=q.device)
+        query_at = torch.arange(seq_len - count, seq_len, device=q.device).unsqueeze(1)
+        hidden = key_at > query_at
+        if window:
+            hidden |= key_at <= query_at - window
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        mixed = torch.einsum("kgts,ksd->tkgd", weights, values)
+        out[rows].copy_(mixed.reshape(count, -1))
+
+
+def decode_attention(
+    *,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    """Attention of one token per request; as `prefill_attention` with one row each."""
+    _, kv_heads, page_size, head_dim = k_cache.shape
+    requests = q.shape[0]
+    keys, values = (
+        cache[page_table.long()].transpose(1, 2).reshape(requests, kv_heads, -1, head_dim).float()
+        for cache in (k_cache, v_cache)
+    )
+    queries = q.view(requests, kv_heads, -1, head_dim).float() * scale
+    scores = queries @ keys.transpose(2, 3)
+    key_at = torch.arange(page_table.shape[1] * page_size, device=q.device)
+    hidden = key_at >= seq_lens.unsqueeze(1)
+    if window:
+        hidden |= key_at < seq_lens.unsqueeze(1) - window
+    hidden = hidden[:, None, None, :]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    # Pages past the end may hold anything, NaN too, which a zero weight would not silence.
+    values = values.masked_fill(hidden.transpose(2, 3), 0.0)
+    out.copy_((weights @ values).reshape(requests, -1))
+
+
+def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
+    """silu(gate) * up, with `gate_up` [T, 2F] holding gate then up, `out` [T, F]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    out.copy_(F.silu(gate) * up)
+
+
+def moe_route(
+    *, router_logits: Tensor, normalize: bool, expert_ids: Tensor, expert_weights: Tensor
+) -> None:
+    """Choose the experts of each token: softmax over all, the largest k, optionally normalized.
+
+    Args:
+        router_logits: [T, E].
+        normalize: Scale the k weights to sum to 1.
+        expert_ids: int64 [T, k], written.
+        expert_weights: float32 [T, k], written.
+    """
+    probabilities = router_logits.float().softmax(dim=-1)
+    weights, ids = probabilities.topk(expert_ids.shape[1], dim=-1)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    expert_ids.copy_(ids)
+    expert_weights.copy_(weights)
+
+
+def moe_experts(
+    *,
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor,
+    out: Tensor,
+) -> None:
+    """Weighted sum of each token's experts, added to the residual.
+
+    Args:
+        x: [T, D].
+        expert_ids: int64 [T, k].
+        expert_weights: float32 [T, k].
+        gate_up: [E, 2F, D].
+        down: [E, D, F].
+        residual: [T, D].
+        out: [T, D]; may be `residual` itself.
+    """
+    total = residual.float()
+    for expert in expert_ids.unique().tolist():
+        rows, choice = (expert_ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[rows] @ gate_up[expert].t()).chunk(2, dim=-1)
+        result = (F.silu(gate) * up) @ down[expert].t()
+        total.index_add_(0, rows, result.float() * expert_weights[rows, choice].unsqueeze(1))
+    out.copy_(total)

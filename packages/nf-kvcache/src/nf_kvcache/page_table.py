@@ -1,0 +1,68 @@
+"""The pages of every sequence, as the attention kernels read them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class PageTable:
+    """One growing int32 array with a row of page numbers per sequence; unused entries are 0."""
+
+    def __init__(self) -> None:
+        self._pages = np.zeros((16, 16), dtype=np.int32)
+        self._lengths = np.zeros(16, dtype=np.int32)
+        self._free = list(range(15, -1, -1))
+
+    def add_row(self) -> int:
+        """Take an empty row."""
+        if not self._free:
+            rows, width = self._pages.shape
+            self._pages = np.concatenate((self._pages, np.zeros((rows, width), dtype=np.int32)))
+            self._lengths = np.concatenate((self._lengths, np.zeros(rows, dtype=np.int32)))
+            self._free.extend(range(2 * rows - 1, rows - 1, -1))
+        return self._free.pop()
+
+    def remove_row(self, row: int) -> None:
+        """Give back a row."""
+        self._pages[row, : self._lengths[row]] = 0
+        self._lengths[row] = 0
+        self._free.append(row)
+
+    def append(self, row: int, pages: list[int]) -> None:
+        """Add pages at the end of a row."""
+        start = int(self._lengths[row])
+        stop = start + len(pages)
+        rows, width = self._pages.shape
+        if stop > width:
+            wider = np.zeros((rows, max(stop, 2 * width)), dtype=np.int32)
+            wider[:, :width] = self._pages
+            self._pages = wider
+        self._pages[row, start:stop] = pages
+        self._lengths[row] = stop
+
+    def length(self, row: int) -> int:
+        """Pages in a row."""
+        return int(self._lengths[row])
+
+    def pages(self, row: int, start: int = 0) -> list[int]:
+        """The pages in a row, from position `start` on."""
+        pages: list[int] = self._pages[row, start : self._lengths[row]].tolist()
+        return pages
+
+    def gather(self, rows: list[int], out: np.ndarray | None) -> np.ndarray:
+        """Copy rows into `out`, or into a new array as wide as the longest of them.
+
+        Raises:
+            ValueError: `out` is not int32 [len(rows), width] with room for the longest row.
+        """
+        index = np.array(rows, dtype=np.intp)
+        width = int(self._lengths[index].max(initial=0))
+        if out is None:
+            return self._pages[:, :width].take(index, axis=0)
+        if out.dtype != np.int32 or out.ndim != 2 or len(out) != len(rows) or out.shape[1] < width:
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}; expected int32 ({len(rows)}, {width} or more)."
+            )
+        np.take(self._pages[:, :width], index, axis=0, out=out[:, :width])
+        out[:, width:] = 0
+        return out

@@ -1,0 +1,78 @@
+"""How an engine is set up."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nf_runtime.errors import NanoFlowError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine is set up.
+
+    Attributes:
+        model: Directory in the Hugging Face layout, or a hub id.
+        tokenizer: Another directory or hub id to take the tokenizer from.
+        dtype: `auto` takes the checkpoint's.
+        device: `auto` takes a GPU where there is one; `cuda:1` names one.
+        max_model_len: Tokens of prompt and answer together; None takes the model's.
+        load_format: `auto` and `safetensors` read weights, `dummy` makes random ones.
+        seed: Of random weights and of requests without a seed.
+        max_num_seqs: Requests that run at once.
+        max_num_batched_tokens: New tokens of one iteration.
+        max_prefill_chunk: New tokens of one request in one iteration; None takes
+            `max_num_batched_tokens`.
+        kv_cache_tokens: Token slots of the KV cache; None sizes it by free memory.
+        page_size: Token slots of a page.
+        enable_prefix_caching: Reuse the KV of prompts that begin alike.
+        native_kernels: False runs every operation in plain torch.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    load_format: str = "auto"
+    seed: int = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    max_prefill_chunk: int | None = None
+    kv_cache_tokens: int | None = None
+    page_size: int = 16
+    enable_prefix_caching: bool = True
+    native_kernels: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            NanoFlowError: A field has a value that no engine can run with.
+        """
+        choices = {
+            "dtype": (self.dtype, DTYPES),
+            "load_format": (self.load_format, LOAD_FORMATS),
+            "device": (self.device.partition(":")[0], DEVICES),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise NanoFlowError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_prefill_chunk",
+            "kv_cache_tokens",
+            "page_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise NanoFlowError(f"{name} is {value}; expected a positive integer")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

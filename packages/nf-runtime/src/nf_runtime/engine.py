@@ -1,0 +1,256 @@
+"""The engine loop: schedule, launch, poll, commit."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from nf_kernels import ops
+from nf_kvcache import KVCache, KVLayout
+from nf_runtime.checkpoint import Checkpoint
+from nf_runtime.config import EngineConfig
+from nf_runtime.device import kv_cache_bytes, pick_device, pick_dtype
+from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from nf_runtime.errors import ModelLoadError
+from nf_runtime.executor import Executor
+from nf_runtime.logprobs import RowLogprobs
+from nf_runtime.model_config import ModelConfig
+from nf_runtime.model_source import find_model
+from nf_runtime.models import decoder_graph, find_family, read_config
+from nf_runtime.rope import cos_sin_table
+from nf_runtime.sampler import RequestSampling, Sampler
+from nf_runtime.sampling_params import SamplingParams
+from nf_runtime.weights import load_weights, make_weights
+from nf_scheduler import Request, Scheduler, SchedulerConfig, TokenEvent
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Live:
+    """A live request's prompt log-probabilities, gathered chunk by chunk."""
+
+    wants_prompt_logprobs: bool
+    prompt_logprobs: list[RowLogprobs] = field(default_factory=list)
+
+
+class Engine:
+    """One model on one device, in this process. Not thread-safe.
+
+    Args:
+        config: How to set it up.
+        clock: Seconds; for ledgers and phases.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded, or does not fit.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        phases: dict[str, float] = {}
+        started = clock()
+        path = find_model(config.model)
+        model = read_config(path)
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, model)
+        family = find_family(model.architecture)
+        if config.load_format == "dummy":
+            weights = make_weights(model, family, dtype=dtype, device=device, seed=config.seed)
+        else:
+            weights = load_weights(model, family, Checkpoint(path), dtype=dtype, device=device)
+        phases["weights"] = clock() - started
+
+        started = clock()
+        max_model_len, num_pages = _plan_cache(config, model, dtype, device)
+        layout = KVLayout(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=config.page_size,
+            dtype=dtype,
+        )
+        self.kv_cache = KVCache(
+            layout, num_pages, device=device, prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.kv_cache,
+            SchedulerConfig(
+                max_model_len=max_model_len,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+                max_prefill_chunk=config.max_prefill_chunk,
+            ),
+            clock=clock,
+        )
+        operations = ops.load(device, native=config.native_kernels)
+        self.executor = Executor(
+            decoder_graph(model),
+            weights,
+            self.kv_cache.layers,
+            operations,
+            Sampler(
+                operations,
+                vocab_size=model.vocab_size,
+                max_requests=config.max_num_seqs,
+                device=device,
+            ),
+            cos_sin=cos_sin_table(model, max_model_len).to(device),
+            page_size=config.page_size,
+            max_tokens=config.max_num_batched_tokens,
+            max_requests=config.max_num_seqs,
+        )
+        phases["kv_cache"] = clock() - started
+        self._live: dict[str, _Live] = {}
+        self._iterations = 0
+        self._iteration_tokens = 0
+        self._busy_seconds = 0.0
+        self._last_step_time = 0.0
+        self.info = EngineInfo(
+            model=config.model,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            vocab_size=model.vocab_size,
+            max_model_len=max_model_len,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            eos_token_ids=model.eos_token_ids,
+            weight_bytes=weights.num_bytes,
+            startup_seconds=phases,
+        )
+        started = clock()
+        self._warm_up()
+        phases["warm_up"] = clock() - started
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._live)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Where the engine stands."""
+        cache = self.kv_cache.stats()
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            kv_pages_total=cache.pages_total,
+            kv_pages_used=cache.pages_used,
+            kv_pages_cached=cache.pages_cached,
+            preemptions=self.scheduler.num_preemptions,
+            prefix_queried_tokens=cache.queried_tokens,
+            prefix_hit_tokens=cache.hit_tokens,
+            iterations=self._iterations,
+            iteration_tokens=self._iteration_tokens,
+            busy_seconds=self._busy_seconds,
+            last_step_time=self._last_step_time,
+        )
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: Its id is in use, or it can never fit.
+        """
+        params = request.params
+        prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
+        room = self.info.max_model_len - len(prompt)
+        stop_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self.info.eos_token_ids)
+        wants_prompt_logprobs = params.prompt_logprobs is not None
+        self.scheduler.add(
+            Request(
+                request_id=request.request_id,
+                prompt_token_ids=prompt,
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                min_tokens=params.min_tokens,
+                stop_token_ids=stop_ids,
+                reuse_prefix=not wants_prompt_logprobs,
+            )
+        )
+        self.executor.sampler.add(
+            request.request_id, RequestSampling(params, request.seed, prompt, stop_ids)
+        )
+        self._live[request.request_id] = _Live(wants_prompt_logprobs)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request early; its last output comes with a later `step`. False if not alive."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[TokenOutput]:
+        """Run one iteration and give its tokens."""
+        started = self._clock()
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return [self._output(event, None) for event in self.scheduler.take_events()]
+        self.executor.launch(batch, self.kv_cache.page_tables(batch.request_ids))
+        output = self.executor.poll()
+        for request_id, (start, rows) in output.prompt_logprobs.items():
+            # By position, because a prompt may be computed again after a preemption.
+            self._live[request_id].prompt_logprobs[start:] = rows
+        events = self.scheduler.commit(output.result)
+        self._iterations += 1
+        self._iteration_tokens += batch.num_tokens
+        self._busy_seconds += self._clock() - started
+        self._last_step_time = time.time()
+        return [self._output(event, output.logprobs.get(event.request_id)) for event in events]
+
+    def _output(self, event: TokenEvent, logprobs: RowLogprobs | None) -> TokenOutput:
+        live = self._live[event.request_id]
+        output = TokenOutput(
+            request_id=event.request_id,
+            token_id=event.token_id,
+            finish_reason=event.finish_reason,
+            stop_token=event.stop_token,
+            logprobs=logprobs if event.token_id is not None else None,
+            ledger=event.ledger,
+        )
+        if live.wants_prompt_logprobs:
+            output.prompt_logprobs = list(live.prompt_logprobs)
+            live.wants_prompt_logprobs = False
+        if event.finish_reason is not None:
+            del self._live[event.request_id]
+            self.executor.sampler.remove(event.request_id)
+        return output
+
+    def _warm_up(self) -> None:
+        """Run one prompt through, so that the first user does not wait for lazy initialization."""
+        self.add(
+            EngineRequest("warm-up", [0], SamplingParams(temperature=0.0, max_tokens=1), seed=0)
+        )
+        while self.has_work:
+            self.step()
+
+
+def _plan_cache(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Longest sequence and number of pages."""
+    wanted_len = config.max_model_len or model.max_position
+    if wanted_len > model.max_position:
+        raise ModelLoadError(
+            f"max_model_len is {wanted_len}; the model was made for at most {model.max_position}"
+        )
+    tokens = config.kv_cache_tokens
+    if tokens is None:
+        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+        tokens = min(kv_cache_bytes(device) // per_token, config.max_num_seqs * wanted_len)
+    num_pages = tokens // config.page_size
+    if num_pages * config.page_size >= wanted_len:
+        return wanted_len, num_pages
+    if config.max_model_len is not None or num_pages < 1:
+        raise ModelLoadError(
+            f"the KV cache has room for {tokens} tokens, less than one sequence of {wanted_len}; "
+            f"lower max_model_len or raise kv_cache_tokens"
+        )
+    _log.warning(
+        "max_model_len is %d, not the model's %d: the KV cache has room for no more",
+        num_pages * config.page_size,
+        wanted_len,
+    )
+    return num_pages * config.page_size, num_pages

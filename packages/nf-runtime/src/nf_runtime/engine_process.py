@@ -1,0 +1,132 @@
+"""The process that an `AsyncEngine` runs its engine in: `python -m nf_runtime.engine_process FD`.
+
+FD is one end of a socket pair. The process ends when the other end closes, so it never outlives
+its parent, however that died.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from typing import Any
+
+from nf_runtime.config import EngineConfig
+from nf_runtime.engine_types import EngineStats, TokenOutput
+from nf_runtime.errors import NanoFlowError
+from nf_runtime.messages import HEADER, output_to_json, pack, request_from_json, stats_to_json
+
+_log = logging.getLogger(__name__)
+
+
+class EngineProcess:
+    """Runs the engine loop; a thread reads the socket, another writes it.
+
+    The loop itself touches no socket, so that a slow reader on the other side never holds it up.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[dict[str, Any] | _Iteration | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        threading.Thread(target=self._read, daemon=True).start()
+        self._writer.start()
+
+    def run(self) -> int:
+        """Load, then serve until told to stop; gives the exit status."""
+        try:
+            return self._serve()
+        except NanoFlowError as error:
+            self._fail(str(error), expected=True)
+        except Exception as error:
+            traceback.print_exc()
+            self._fail(f"{type(error).__name__}: {error}", expected=False)
+        return 1
+
+    def _serve(self) -> int:
+        config = EngineConfig(**self._commands.get()["config"])
+        started = time.monotonic()
+        from nf_runtime.engine import Engine  # torch, which takes its time, counts as a phase
+
+        imported = time.monotonic() - started
+        engine = Engine(config)
+        info = asdict(engine.info)
+        info["startup_seconds"] = {"import": imported} | info["startup_seconds"]
+        self._outgoing.put({"ready": info})
+        while True:
+            while not engine.has_work or not self._commands.empty():
+                command = self._commands.get()
+                if "add" in command:
+                    self._add(engine, command["add"])
+                elif "abort" in command:
+                    engine.abort(command["abort"])
+                else:
+                    self._finish()
+                    return 0
+            outputs = engine.step()
+            self._outgoing.put(_Iteration(outputs, engine.stats))
+
+    def _add(self, engine: Any, value: dict[str, Any]) -> None:
+        try:
+            engine.add(request_from_json(value))
+        except ValueError as error:
+            self._outgoing.put({"refused": [value["request_id"], str(error)]})
+
+    def _fail(self, message: str, *, expected: bool) -> None:
+        self._outgoing.put({"failed": {"message": message, "expected": expected}})
+        self._finish()
+
+    def _finish(self) -> None:
+        """Write what is queued, then end the writer."""
+        self._outgoing.put(None)
+        self._writer.join()
+
+    def _read(self) -> None:
+        with self._connection.makefile("rb") as stream:
+            while header := stream.read(HEADER.size):
+                body = stream.read(*HEADER.unpack(header))
+                self._commands.put(json.loads(body))
+        # The parent is gone: there is nobody to clean up for.
+        os._exit(1)
+
+    def _write(self) -> None:
+        while (item := self._outgoing.get()) is not None:
+            if isinstance(item, _Iteration):
+                item = item.to_json()
+            try:
+                self._connection.sendall(pack(item))
+            except OSError:
+                os._exit(1)
+
+
+class _Iteration:
+    """What one iteration gave; turned into JSON by the writer, beside the next iteration."""
+
+    def __init__(self, outputs: list[TokenOutput], stats: EngineStats) -> None:
+        self.outputs = outputs
+        self.stats = stats
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "outputs": [output_to_json(output) for output in self.outputs],
+            "stats": stats_to_json(self.stats),
+        }
+
+
+def main() -> int:
+    """Run on the socket whose number is the first argument."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Ctrl-C reaches every process of the terminal; the parent decides what becomes of the engine.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return EngineProcess(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

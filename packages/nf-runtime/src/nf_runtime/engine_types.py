@@ -1,0 +1,109 @@
+"""What goes into an engine and what comes out of it. Torch-free."""
+
+from dataclasses import dataclass
+
+from nf_runtime.logprobs import RowLogprobs
+from nf_runtime.sampling_params import SamplingParams
+from nf_scheduler import FinishReason, Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine runs.
+
+    Attributes:
+        model: Directory or hub id, as it was given.
+        dtype: Such as `bfloat16`.
+        device: Such as `cpu` or `cuda:0`.
+        vocab_size: Token ids are below this.
+        max_model_len: Tokens of prompt and answer together.
+        num_pages: Pages of the KV cache.
+        page_size: Token slots of a page.
+        eos_token_ids: End-of-sequence tokens.
+        weight_bytes: Of all weights.
+        startup_seconds: Duration of each phase of starting.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: int
+    startup_seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Where an engine stands after an iteration. Counters only grow.
+
+    Attributes:
+        num_running: Requests with pages.
+        num_waiting: Requests without.
+        kv_pages_total: Pages of the KV cache.
+        kv_pages_used: Pages that requests refer to.
+        kv_pages_cached: Unused pages that a later prompt may find.
+        preemptions: Counter of requests that gave up their pages.
+        prefix_queried_tokens: Counter of prompt tokens looked up.
+        prefix_hit_tokens: Counter of prompt tokens found.
+        iterations: Counter.
+        iteration_tokens: Counter of tokens computed.
+        busy_seconds: Counter of time spent in iterations.
+        last_step_time: Unix time of the last iteration; 0 before the first.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_pages_total: int = 0
+    kv_pages_used: int = 0
+    kv_pages_cached: int = 0
+    preemptions: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    iterations: int = 0
+    iteration_tokens: int = 0
+    busy_seconds: float = 0.0
+    last_step_time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate, checked already (see `nf_runtime.validation`).
+
+    Attributes:
+        request_id: Unique among live requests.
+        prompt_token_ids: At least one.
+        params: How its tokens are chosen; `n` is not looked at.
+        seed: In [0, 2**64).
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """One token of one request, or its end.
+
+    Attributes:
+        request_id: Of the request.
+        token_id: None when it ends without a token (aborted).
+        finish_reason: `stop`, `length` or `abort`, on the last output.
+        stop_token: The token that ended it.
+        logprobs: Of this token, when wanted.
+        prompt_logprobs: With the first token, when wanted; None for the first prompt token.
+        ledger: On the last output.
+    """
+
+    request_id: str
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    logprobs: RowLogprobs | None = None
+    prompt_logprobs: list[RowLogprobs] | None = None
+    ledger: Ledger | None = None

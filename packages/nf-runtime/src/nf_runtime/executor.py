@@ -1,0 +1,253 @@
+"""Runs a batch: stages its arrays, walks the layer graph, samples. The only forward pass."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nf_kernels.ops import OperationSet
+from nf_runtime.graph import BatchInput, Edge, ElementType, LayerGraph, Operation, Rows
+from nf_runtime.logprobs import RowLogprobs
+from nf_runtime.sampler import Sampler
+from nf_runtime.staging import StagedBatch, stage
+from nf_runtime.weights import ModelWeights
+from nf_scheduler import Batch, IterationResult
+
+LayerHook = Callable[[int, Mapping[str, Tensor]], None]
+"""Called with the number of a layer and the batch's rows of every edge."""
+
+_ELEMENTS = {ElementType.INT64: torch.int64, ElementType.FLOAT32: torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class IterationOutput:
+    """What one iteration computed.
+
+    Attributes:
+        result: Sampled ids, for the scheduler.
+        logprobs: By request, of its sampled token.
+        prompt_logprobs: By request, of the prompt tokens that follow this iteration's positions,
+            and the first of these positions.
+    """
+
+    result: IterationResult
+    logprobs: dict[str, RowLogprobs]
+    prompt_logprobs: dict[str, tuple[int, list[RowLogprobs]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundOperation:
+    """An operation with its weights, constants and caches filled in; `signature` says the rest."""
+
+    function: Callable[..., None]
+    fixed: dict[str, Any]
+    signature: int
+    rows: Rows
+
+
+class Executor:
+    """Runs batches of one model on one device.
+
+    `launch` starts an iteration and `poll` gives its result. Sampled ids stay on the device: the
+    next iteration reads those that the scheduler does not know yet (-1) there.
+
+    Attributes:
+        before_layer: Hooks called before each layer.
+        after_layer: Hooks called after each layer.
+        sampler: Chooses tokens; requests announce their parameters to it.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        weights: ModelWeights,
+        kv_layers: list[tuple[Tensor, Tensor]],
+        operations: OperationSet,
+        sampler: Sampler,
+        *,
+        cos_sin: Tensor,
+        page_size: int,
+        max_tokens: int,
+        max_requests: int,
+    ) -> None:
+        """Bind the graph to its weights and plan the buffers.
+
+        Args:
+            graph: The model.
+            weights: Its weights, on the device, all of one dtype.
+            kv_layers: K and V of each layer, [pages, heads, page_size, head_dim].
+            operations: Implementation of every operation.
+            sampler: For the same device.
+            cos_sin: float32 [positions, head_dim], on the device.
+            page_size: Token slots of a page.
+            max_tokens: New tokens of one iteration.
+            max_requests: Requests of one iteration, and number of slots.
+        """
+        self.before_layer: list[LayerHook] = []
+        self.after_layer: list[LayerHook] = []
+        self.sampler = sampler
+        self._device = cos_sin.device
+        self._dtype = weights.model["embedding"].dtype
+        self._page_size = page_size
+        self._cos_sin = cos_sin
+        self._operations = operations
+        self._edges = graph.edges
+        self._signatures: list[Operation] = []
+        self._selected_edges = {
+            edge
+            for operation in graph.epilogue
+            if operation.rows is Rows.SELECTED
+            for edge in operation.writes.values()
+        }
+        self._buffers = {
+            edge.name: self._allocate(
+                edge, max_requests if edge.name in self._selected_edges else max_tokens
+            )
+            for edge in graph.edges.values()
+        }
+        self._prologue = self._bind(graph.prologue, weights.model, None)
+        self._layers = [
+            self._bind(part, weights.layers[i], kv_layers[i]) for i, part in enumerate(graph.layers)
+        ]
+        self._epilogue = self._bind(graph.epilogue, weights.model, None)
+        self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
+        self._launched: IterationOutput | None = None
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, page_tables: np.ndarray) -> None:
+        """Run one iteration.
+
+        Args:
+            batch: What to run.
+            page_tables: int32 [requests, pages], pages of each request in order.
+        """
+        rows = self.sampler.prompt_rows(batch)
+        staged = stage(
+            batch, page_tables, self._page_size, rows, self._last_sampled, device=self._device
+        )
+        arguments = self._arguments(staged)
+        edges = {name: self._view(name, Rows.ALL, staged) for name in self._edges}
+        self._run(self._prologue, arguments, staged)
+        for layer, operations in enumerate(self._layers):
+            for hook in self.before_layer:
+                hook(layer, edges)
+            self._run(operations, arguments, staged)
+            for hook in self.after_layer:
+                hook(layer, edges)
+        self._run(self._epilogue, arguments, staged)
+        logits = self._view("logits", Rows.SELECTED, staged)
+        self._launched = self._sample(batch, logits)
+
+    def poll(self) -> IterationOutput:
+        """Result of the iteration launched last.
+
+        Raises:
+            RuntimeError: Nothing was launched since the last poll.
+        """
+        if self._launched is None:
+            raise RuntimeError("poll was called without a launch; call launch first")
+        output, self._launched = self._launched, None
+        return output
+
+    def _sample(self, batch: Batch, logits: Tensor) -> IterationOutput:
+        requests = np.flatnonzero(batch.samples)
+        token_ids = np.zeros(len(batch), dtype=np.int32)
+        logprobs: dict[str, RowLogprobs] = {}
+        if len(requests):
+            slots = batch.slots[requests]
+            positions = batch.context_lens[requests] + np.diff(batch.query_start)[requests]
+            sampled, rows = self.sampler.sample(
+                logits[: len(requests)].float(),
+                [batch.request_ids[i] for i in requests],
+                slots,
+                positions,
+            )
+            self._last_sampled[torch.from_numpy(slots).long().to(self._device)] = sampled
+            token_ids[requests] = sampled.cpu().numpy()
+            logprobs = rows
+        prompt_logprobs = self.sampler.prompt_logprobs(batch, logits[len(requests) :])
+        return IterationOutput(
+            IterationResult(batch.iteration, token_ids), logprobs, prompt_logprobs
+        )
+
+    def _run(
+        self,
+        operations: list[_BoundOperation],
+        arguments: list[dict[str, Tensor]],
+        staged: StagedBatch,
+    ) -> None:
+        for operation in operations:
+            if staged.num_rows(operation.rows):
+                operation.function(**operation.fixed, **arguments[operation.signature])
+
+    def _bind(
+        self,
+        operations: tuple[Operation, ...],
+        weights: dict[str, Tensor],
+        caches: tuple[Tensor, Tensor] | None,
+    ) -> list[_BoundOperation]:
+        bound = []
+        for operation in operations:
+            fixed: dict[str, Any] = dict(operation.constants)
+            fixed |= {name: weights[weight] for name, weight in operation.weights.items()}
+            for name, source in operation.inputs.items():
+                if source is BatchInput.COS_SIN:
+                    fixed[name] = self._cos_sin
+                elif caches and source in (BatchInput.K_CACHE, BatchInput.V_CACHE):
+                    fixed[name] = caches[source is BatchInput.V_CACHE]
+            function = self._operations[operation.kind]
+            bound.append(
+                _BoundOperation(function, fixed, self._signature(operation), operation.rows)
+            )
+        return bound
+
+    def _signature(self, operation: Operation) -> int:
+        """Number of the arguments that change by iteration; operations of all layers share them."""
+        for number, known in enumerate(self._signatures):
+            if (known.reads, known.writes, known.inputs, known.rows, known.reads_all_rows) == (
+                operation.reads,
+                operation.writes,
+                operation.inputs,
+                operation.rows,
+                operation.reads_all_rows,
+            ):
+                return number
+        self._signatures.append(operation)
+        return len(self._signatures) - 1
+
+    def _arguments(self, staged: StagedBatch) -> list[dict[str, Tensor]]:
+        """For each signature, the edges' views and the staged arrays of this iteration."""
+        arguments = []
+        for operation in self._signatures:
+            values = {
+                name: self._view(
+                    edge, Rows.ALL if edge in operation.reads_all_rows else operation.rows, staged
+                )
+                for mapping in (operation.reads, operation.writes)
+                for name, edge in mapping.items()
+            }
+            values |= {
+                name: staged.inputs[source]
+                for name, source in operation.inputs.items()
+                if source in staged.inputs
+            }
+            arguments.append(values)
+        return arguments
+
+    def _view(self, name: str, rows: Rows, staged: StagedBatch) -> Tensor:
+        """The rows of an edge's buffer that this iteration uses."""
+        if name in self._selected_edges:
+            count = staged.num_rows(Rows.SELECTED)
+            # Prompt logprobs want a row per prompt token, which only some iterations do.
+            if count > self._buffers[name].shape[0]:
+                self._buffers[name] = self._allocate(self._edges[name], count)
+            return self._buffers[name][:count]
+        start, end = staged.row_range(rows)
+        return self._buffers[name][start:end]
+
+    def _allocate(self, edge: Edge, rows: int) -> Tensor:
+        dtype = _ELEMENTS.get(edge.element, self._dtype)
+        return torch.empty(rows, edge.width, dtype=dtype, device=self._device)

@@ -1,0 +1,88 @@
+"""What the engine process and its parent say to each other: JSON frames on a socket.
+
+A frame is its length, 4 bytes little-endian, and a JSON object with one key that says what it is.
+The parent sends `config` once, then `add`, `abort` and `stop`; the engine process answers
+`ready` or `failed` once, then sends `outputs` with `stats` after every iteration.
+"""
+
+import json
+import struct
+from dataclasses import asdict, astuple
+from typing import Any
+
+from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from nf_runtime.logprobs import RowLogprobs
+from nf_runtime.sampling_params import SamplingParams
+from nf_scheduler import FinishReason, Ledger
+
+HEADER = struct.Struct("<I")
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    """Make a frame."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return HEADER.pack(len(body)) + body
+
+
+def request_to_json(request: EngineRequest) -> dict[str, Any]:
+    """A request as JSON takes it."""
+    return {
+        "request_id": request.request_id,
+        "prompt_token_ids": request.prompt_token_ids,
+        "params": asdict(request.params),
+        "seed": request.seed,
+    }
+
+
+def request_from_json(value: dict[str, Any]) -> EngineRequest:
+    """The request that `request_to_json` was given."""
+    params = value["params"]
+    if params["logit_bias"] is not None:  # JSON turns the token ids into strings
+        params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
+    return EngineRequest(
+        value["request_id"], value["prompt_token_ids"], SamplingParams(**params), value["seed"]
+    )
+
+
+def output_to_json(output: TokenOutput) -> list[Any]:
+    """An output as JSON takes it: a bare list, because there is one per token."""
+    return [
+        output.request_id,
+        output.token_id,
+        output.finish_reason,
+        output.stop_token,
+        output.logprobs and astuple(output.logprobs),
+        None
+        if output.prompt_logprobs is None
+        else [astuple(row) for row in output.prompt_logprobs],
+        output.ledger and asdict(output.ledger),
+    ]
+
+
+def output_from_json(value: list[Any]) -> TokenOutput:
+    """The output that `output_to_json` was given."""
+    request_id, token_id, reason, stop_token, logprobs, prompt_logprobs, ledger = value
+    return TokenOutput(
+        request_id,
+        token_id,
+        reason and FinishReason(reason),
+        stop_token,
+        logprobs and RowLogprobs(*logprobs),
+        None if prompt_logprobs is None else [RowLogprobs(*row) for row in prompt_logprobs],
+        ledger and Ledger(**ledger),
+    )
+
+
+def info_from_json(value: dict[str, Any]) -> EngineInfo:
+    """What `dataclasses.asdict` made of an `EngineInfo`."""
+    return EngineInfo(**(value | {"eos_token_ids": tuple(value["eos_token_ids"])}))
+
+
+def stats_to_json(stats: EngineStats) -> list[Any]:
+    """The fields in order."""
+    return list(astuple(stats))
+
+
+def stats_from_json(value: list[Any]) -> EngineStats:
+    """The stats that `stats_to_json` was given."""
+    return EngineStats(*value)

@@ -1,0 +1,10 @@
+"""Qwen2 and Qwen2.5: Llama with a bias on Q, K and V."""
+
+from functools import partial
+
+from nf_runtime.models.blocks import Family, read_decoder_config
+
+FAMILY = Family(
+    architectures=("Qwen2ForCausalLM",),
+    read_config=partial(read_decoder_config, qkv_bias=True, output_bias=False),
+)

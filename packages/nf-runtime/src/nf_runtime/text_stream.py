@@ -1,0 +1,87 @@
+"""The text of one answer, as its tokens arrive."""
+
+from tokenizers.decoders import DecodeStream
+
+from nf_runtime.tokenizer import Tokenizer
+
+# Prompt tokens that a decoder needs to see to join the answer's first token to the prompt.
+_CONTEXT_TOKENS = 8
+
+
+class TextStream:
+    """Turns tokens into text without ever splitting a character, and looks for stop strings.
+
+    Text that may be the beginning of a stop string is held back until that is decided.
+
+    Attributes:
+        text: All text given out so far.
+        stopped_by: The stop string that was found, or None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: list[int],
+        *,
+        stop: list[str],
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self.text = ""
+        self.stopped_by: str | None = None
+        self._backend = tokenizer.backend
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = DecodeStream(
+            ids=prompt_token_ids[-_CONTEXT_TOKENS:], skip_special_tokens=skip_special_tokens
+        )
+        self._stop = stop
+        self._include_stop = include_stop
+        self._held = ""
+
+    def push(self, token_id: int, *, check_stop: bool = True) -> str:
+        """Take a token and give the text that is certain now; sets `stopped_by` at a stop string.
+
+        Args:
+            token_id: The next token.
+            check_stop: False while the answer is too short to stop.
+        """
+        piece = self._decode(token_id)
+        if not self._stop:
+            self.text += piece
+            return piece
+        if not check_stop:
+            return self._give(self._held + piece)
+        return self._search(self._held + piece)
+
+    def finish(self) -> str:
+        """Give the text held back, once no token follows."""
+        return self._give(self._held)
+
+    def _decode(self, token_id: int) -> str:
+        try:
+            return self._backend_step(token_id)
+        except Exception:  # the decoder gives up on byte sequences that are no text; begin afresh
+            self._decoder = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            return self._backend_step(token_id)
+
+    def _backend_step(self, token_id: int) -> str:
+        return self._decoder.step(self._backend, token_id) or ""
+
+    def _search(self, buffer: str) -> str:
+        found = [(at, stop) for stop in self._stop if (at := buffer.find(stop)) >= 0]
+        if found:
+            at, self.stopped_by = min(found)
+            end = at + len(self.stopped_by) if self._include_stop else at
+            return self._give(buffer[:end])
+        longest = max(map(len, self._stop)) - 1
+        for held in range(min(longest, len(buffer)), 0, -1):
+            if any(stop.startswith(buffer[-held:]) for stop in self._stop):
+                given = self._give(buffer[:-held])
+                self._held = buffer[-held:]
+                return given
+        return self._give(buffer)
+
+    def _give(self, text: str) -> str:
+        self._held = ""
+        self.text += text
+        return text

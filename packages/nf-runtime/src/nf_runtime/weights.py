@@ -1,0 +1,132 @@
+"""The weights of a model, in the shapes that its operations take."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nf_runtime.checkpoint import Checkpoint
+from nf_runtime.errors import ModelLoadError
+from nf_runtime.model_config import ModelConfig
+from nf_runtime.models import Family, WeightSpec, layer_weights, model_weights
+
+_log = logging.getLogger(__name__)
+
+# Tables that old checkpoints carry and that follow from the config.
+_DERIVED_SUFFIX = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """Weights by the names that operations use.
+
+    Attributes:
+        model: Those outside the layers.
+        layers: Those of each layer.
+    """
+
+    model: dict[str, Tensor]
+    layers: list[dict[str, Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(t.nbytes for group in (self.model, *self.layers) for t in group.values())
+
+
+def load_weights(
+    config: ModelConfig,
+    family: Family,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelWeights:
+    """Read the weights from a checkpoint, with a progress bar on a terminal.
+
+    Raises:
+        ModelLoadError: A tensor is missing or has another shape than config.json says.
+    """
+    used: set[str] = set()
+
+    def load(specs: tuple[WeightSpec, ...]) -> dict[str, Tensor]:
+        loaded: dict[str, Tensor] = {}
+        targets: dict[str, Tensor] = {}
+        for spec in specs:
+            loaded[spec.name] = torch.empty(spec.shape, dtype=dtype, device=device)
+            targets.update(_split(loaded[spec.name], spec, checkpoint))
+        checkpoint.copy(targets)
+        used.update(targets)
+        return loaded
+
+    weights = _load_groups(config, family, load)
+    unused = sorted(n for n in checkpoint.files if n not in used and _is_expected(n, config))
+    if unused:
+        _log.warning(
+            "the checkpoint has %d tensors that the model does not use: %s",
+            len(unused),
+            ", ".join(unused[:5]) + (", …" if len(unused) > 5 else ""),
+        )
+    return weights
+
+
+def make_weights(
+    config: ModelConfig, family: Family, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> ModelWeights:
+    """Random weights (normal, standard deviation 0.02; norms are one), the same for one seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def make(specs: tuple[WeightSpec, ...]) -> dict[str, Tensor]:
+        made = {}
+        for spec in specs:
+            tensor = torch.empty(spec.shape, dtype=dtype, device=device)
+            is_norm = spec.name.endswith("norm")
+            made[spec.name] = (
+                tensor.fill_(1.0) if is_norm else tensor.normal_(0.0, 0.02, generator=generator)
+            )
+        return made
+
+    return _load_groups(config, family, make)
+
+
+def _load_groups(
+    config: ModelConfig,
+    family: Family,
+    load: Callable[[tuple[WeightSpec, ...]], dict[str, Tensor]],
+) -> ModelWeights:
+    model = load(model_weights(config))
+    numbers = tqdm(range(config.num_layers), desc="loading weights", unit="layer", disable=None)
+    layers = [load(layer_weights(config, family, layer)) for layer in numbers]
+    return ModelWeights(model=model, layers=layers)
+
+
+def _split(
+    target: Tensor, spec: WeightSpec, checkpoint: Checkpoint
+) -> Iterator[tuple[str, Tensor]]:
+    """The parts of a weight that its checkpoint tensors fill, in order, along the rows."""
+    if len(spec.sources) == 1:
+        yield spec.sources[0], target
+        return
+    rows = target.view(-1, *target.shape[-1:]) if target.dim() > 1 else target
+    start = 0
+    for name in spec.sources:
+        if name not in checkpoint.files:
+            raise ModelLoadError(f"the checkpoint has no tensor {name!r}; it is incomplete")
+        end = start + checkpoint.shape(name)[0]
+        yield name, rows[start:end]
+        start = end
+    if start != rows.shape[0]:
+        raise ModelLoadError(
+            f"{checkpoint.files[spec.sources[0]]}: {', '.join(spec.sources[:3])} have {start} rows "
+            f"together; config.json makes it {rows.shape[0]}"
+        )
+
+
+def _is_expected(name: str, config: ModelConfig) -> bool:
+    """Whether an unused tensor deserves a warning."""
+    if name.endswith(_DERIVED_SUFFIX):
+        return False
+    return not (config.tied_embeddings and name == "lm_head.weight")

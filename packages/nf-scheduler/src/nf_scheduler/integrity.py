@@ -1,0 +1,82 @@
+"""Cross-checks of a scheduler's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from nf_scheduler.batch import Batch
+from nf_scheduler.request import RequestState
+from nf_scheduler.running_set import RunningSet
+from nf_scheduler.sequence import Sequence
+
+_QUEUED = (RequestState.WAITING, RequestState.WAITING_FOR_RESTORE, RequestState.PREEMPTED)
+
+
+def find_fault(
+    sequences: Mapping[str, Sequence],
+    queue: list[Sequence],
+    running: RunningSet,
+    in_flight: Iterable[Batch],
+) -> str | None:
+    """The first invariant that does not hold, in words, or None."""
+    faults = _faults(sequences, queue, running, list(in_flight))
+    return next(faults, None)
+
+
+def _faults(
+    sequences: Mapping[str, Sequence],
+    queue: list[Sequence],
+    running: RunningSet,
+    in_flight: list[Batch],
+) -> Iterator[str]:
+    occupants = [sequence for sequence in running.sequences if sequence is not None]
+    if {id(s) for s in sequences.values()} != {id(s) for s in queue + occupants}:
+        yield "the requests known are not exactly those that are queued or occupy a slot"
+    if len(queue) + len(occupants) != len(sequences):
+        yield "a request is queued twice, or queued while it occupies a slot"
+    arrivals = [sequence.arrival for sequence in queue]
+    if arrivals != sorted(arrivals):
+        yield f"the queue is not in order of arrival: {arrivals}"
+    for sequence in queue:
+        if sequence.state not in _QUEUED or sequence.slot != -1:
+            yield f"{sequence.request.request_id!r} is queued as {sequence.state.name}"
+    in_flight_of = np.zeros_like(running.in_flight)
+    pending_of = np.zeros_like(running.pending)
+    for batch in in_flight:
+        in_flight_of[batch.slots] += 1
+        pending_of[batch.slots] += batch.samples
+    for slot, occupant in enumerate(running.sequences):
+        if occupant is not None:
+            yield from _slot_faults(running, slot, occupant, in_flight_of[slot], pending_of[slot])
+        elif running.alive[slot] or in_flight_of[slot]:
+            yield f"slot {slot} is empty, but counts as running or in flight"
+
+
+def _slot_faults(
+    running: RunningSet, slot: int, sequence: Sequence, in_flight: int, pending: int
+) -> Iterator[str]:
+    name = repr(sequence.request.request_id)
+    if sequence.slot != slot:
+        yield f"{name} occupies slot {slot}, but believes it has {sequence.slot}"
+    if running.in_flight[slot] != in_flight:
+        yield f"{name} counts {running.in_flight[slot]} iterations in flight, but is in {in_flight}"
+    if (sequence.state is RequestState.RUNNING) != bool(running.alive[slot]):
+        yield f"{name} is {sequence.state.name} in a slot with alive={running.alive[slot]}"
+    if not running.alive[slot]:
+        if in_flight == 0:
+            yield f"{name} has finished and is in no iteration in flight, but keeps its slot"
+        return
+    if running.pending[slot] != pending:
+        yield f"{name} awaits {running.pending[slot]} tokens, but {pending} are being sampled"
+    if running.known[slot] != sequence.num_tokens:
+        yield f"{name} has {sequence.num_tokens} tokens, but counts {running.known[slot]}"
+    counts = [
+        int(running.published[slot]),
+        int(running.completed[slot]),
+        int(running.scheduled[slot]),
+        min(int(running.capacity[slot]), sequence.num_tokens + pending - 1),
+    ]
+    if counts != sorted(counts):
+        yield f"{name} has published, completed, scheduled and at most {counts} tokens"

@@ -1,0 +1,54 @@
+"""The scheduler's own record of a request."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nf_scheduler.ledger import Ledger
+from nf_scheduler.request import FinishReason, Request, RequestState
+from nf_scheduler.result import TokenEvent
+
+
+class Sequence:
+    """A request from `add` until it is forgotten: its state, what it generated, its account.
+
+    What changes with every token of a running request is not here but in `RunningSet`.
+    """
+
+    __slots__ = ("aborted", "arrival", "ledger", "output", "request", "slot", "state")
+
+    def __init__(self, request: Request, arrival: int, now: float) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.state = RequestState.WAITING
+        self.slot = -1
+        self.aborted = (
+            False  # while iterations in flight contain it; its last event is still to come
+        )
+        self.output: list[int] = []
+        self.ledger = Ledger(arrival=now, prompt_tokens=request.prompt_len)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids are known: prompt and output."""
+        return self.request.prompt_len + len(self.output)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Ids of tokens `start` to `stop` of prompt and output, int32."""
+        prompt_len = self.request.prompt_len
+        if stop <= prompt_len:
+            return self.request.prompt_token_ids[start:stop]
+        output = self.output[max(start - prompt_len, 0) : stop - prompt_len]
+        if start >= prompt_len:
+            return np.array(output, dtype=np.int32)
+        return np.concatenate(
+            (self.request.prompt_token_ids[start:], np.array(output, dtype=np.int32))
+        )
+
+    def final_event(
+        self, now: float, token_id: int | None, reason: FinishReason, stop_token: int | None = None
+    ) -> TokenEvent:
+        """Close the account; return the last event of the request."""
+        self.ledger.finished = now
+        self.ledger.output_tokens = len(self.output)
+        return TokenEvent(self.request.request_id, token_id, reason, stop_token, self.ledger)

@@ -1,0 +1,348 @@
+"""A toy engine that distrusts the scheduler: it checks every batch and every event."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nf_scheduler import (
+    Batch,
+    FinishReason,
+    IterationResult,
+    Request,
+    RequestState,
+    Scheduler,
+    SchedulerConfig,
+    TokenEvent,
+)
+
+VOCAB = 24
+
+
+def next_token(history: list[int]) -> int:
+    """The toy model: depends on every token before, and on nothing else."""
+    digest = hashlib.blake2b(np.array(history, dtype=np.int32).tobytes(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def expected_output(request: Request) -> tuple[list[int], FinishReason]:
+    """What the request generates when it is alone and nothing is batched."""
+    history = request.prompt_token_ids.tolist()
+    output: list[int] = []
+    while True:
+        token = next_token(history)
+        history.append(token)
+        output.append(token)
+        if token in request.stop_token_ids and len(output) >= request.min_tokens:
+            return output, FinishReason.STOP
+        if len(output) == request.max_tokens:
+            return output, FinishReason.LENGTH
+
+
+@dataclass
+class ToyMatch:
+    num_tokens: int
+    pending: bool = False
+
+
+class ToyPages:
+    """A PageBudget that only counts. Its prefix cache takes no pages and never forgets.
+
+    `restores` maps a prompt (as bytes) to how many times its match is pending; after that, all full
+    pages of the prompt are there.
+    """
+
+    def __init__(self, page_size: int, num_pages: int, restores: dict[bytes, int] | None = None):
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.pages: dict[str, int] = {}
+        self.committed: dict[str, list[int]] = {}
+        self.prefixes: set[bytes] = set()
+        self.restores = dict(restores or {})
+        self.releases: dict[str, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return self.num_pages - sum(self.pages.values())
+
+    def match(self, token_ids):
+        key = token_ids.tobytes()
+        if self.restores.get(key, 0) > 0:
+            self.restores[key] -= 1
+            return ToyMatch(0, pending=True)
+        self._learn(token_ids if key in self.restores else token_ids[:0])
+        stop = len(token_ids) // self.page_size * self.page_size
+        while stop and token_ids[:stop].tobytes() not in self.prefixes:
+            stop -= self.page_size
+        return ToyMatch(stop)
+
+    def can_reserve(self, seq, num_tokens, match=None):
+        return self._missing(seq, num_tokens) <= self.num_free
+
+    def reserve(self, seq, num_tokens, match=None):
+        missing = self._missing(seq, num_tokens)
+        if missing > self.num_free:
+            raise RuntimeError("out of pages")
+        if seq not in self.pages:
+            self.committed[seq] = [None] * (match.num_tokens if match else 0)
+        self.pages[seq] = self.pages.get(seq, 0) + missing
+
+    def commit(self, seq, token_ids):
+        assert len(token_ids)
+        history = self.committed[seq]
+        history.extend(token_ids.tolist())
+        assert len(history) <= self.pages[seq] * self.page_size
+        if None not in history:
+            self._learn(np.array(history, dtype=np.int32))
+
+    def release(self, seq):
+        del self.pages[seq], self.committed[seq]
+        self.releases[seq] = self.releases.get(seq, 0) + 1
+
+    def _learn(self, token_ids):
+        for stop in range(self.page_size, len(token_ids) + 1, self.page_size):
+            self.prefixes.add(token_ids[:stop].tobytes())
+
+    def _missing(self, seq, num_tokens):
+        return max(0, -(-num_tokens // self.page_size) - self.pages.get(seq, 0))
+
+
+@dataclass
+class Life:
+    """What the engine knows of a request."""
+
+    request: Request
+    arrival: int
+    history: list[int]  # prompt and everything sampled on the device, speculation included
+    kv: int = 0  # tokens in pages
+    slot: int | None = None
+    releases: int = 0  # how often its pages had been released when it was last started
+    received: list[int] = field(default_factory=list)
+    end: TokenEvent | None = None
+    sampled_at: dict[int, int] = field(default_factory=dict)  # position -> iteration
+    starts: int = 0
+
+    @property
+    def prompt_len(self) -> int:
+        return self.request.prompt_len
+
+
+class ToyEngine:
+    """Runs a scheduler `lag` iterations ahead of its results, and checks all it does."""
+
+    def __init__(self, pages, config: SchedulerConfig, lag: int = 0):
+        self.pages = pages
+        self.config = config
+        self.lag = lag
+        self.now = 0.0
+        self.scheduler = Scheduler(pages, config, clock=lambda: self.now)
+        self.lives: dict[str, Life] = {}
+        self.in_flight: deque[tuple[Batch, np.ndarray]] = deque()
+        self.committed = -1  # last committed iteration
+        self.batches: list[Batch] = []
+        self.waits = 0  # schedules since the oldest request last ran
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        history = request.prompt_token_ids.tolist()
+        self.lives[request.request_id] = Life(request, len(self.lives), history)
+
+    def abort(self, request_id: str) -> bool:
+        expected = self.lives[request_id].end is None and not self._is_finished(request_id)
+        alive = self.scheduler.abort(request_id)
+        assert alive == expected
+        self.scheduler.check_integrity()
+        self._take(self.scheduler.take_events())
+        return alive
+
+    def step(self) -> None:
+        """Schedule once; commit what is too old, or what stands in the way."""
+        self.now += 1.0
+        oldest = self._oldest_running()
+        batch = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        if batch is not None:
+            self._check_batch(batch)
+            self.batches.append(batch)
+            self.in_flight.append((batch, self._run(batch)))
+        self._check_progress(oldest, batch)
+        if len(self.in_flight) > self.lag or (batch is None and self.in_flight):
+            self.commit()
+
+    def commit(self) -> list[TokenEvent]:
+        self.now += 1.0
+        batch, token_ids = self.in_flight.popleft()
+        self.committed = batch.iteration
+        events = self.scheduler.commit(IterationResult(batch.iteration, token_ids))
+        self.scheduler.check_integrity()
+        self._take(events)
+        return events
+
+    def run(self, max_steps: int = 20_000) -> None:
+        """Step until everything has ended."""
+        while self.scheduler.has_work:
+            max_steps -= 1
+            assert max_steps, "the engine does not come to an end"
+            self.step()
+        assert not self.in_flight
+        self.check_end()
+
+    def check_end(self) -> None:
+        assert all(life.end is not None for life in self.lives.values())
+        assert self.pages.num_free == self.pages.num_pages
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert self.scheduler.take_events() == []
+
+    def _is_finished(self, request_id: str) -> bool:
+        try:
+            return self.scheduler.state_of(request_id) is RequestState.FINISHED
+        except KeyError:
+            return True
+
+    def _run(self, batch: Batch) -> np.ndarray:
+        """The device: sample for every request of the batch; ids stay in `history` from now on."""
+        token_ids = np.full(len(batch), -7, dtype=np.int32)  # garbage where nothing is sampled
+        for row, request_id in enumerate(batch.request_ids):
+            life = self.lives[request_id]
+            life.kv = int(batch.context_lens[row] + np.diff(batch.query_start)[row])
+            if batch.samples[row]:
+                token_ids[row] = next_token(life.history[: life.kv])
+                assert life.kv == len(life.history)
+                life.sampled_at[life.kv] = batch.iteration
+                life.history.append(int(token_ids[row]))
+        return token_ids
+
+    def _check_batch(self, batch: Batch) -> None:
+        n, config = len(batch), self.config
+        assert batch.iteration == len(self.batches)
+        assert 1 <= n <= config.max_num_seqs
+        assert 1 <= batch.num_tokens <= config.max_num_batched_tokens
+        assert batch.query_start[0] == 0
+        assert batch.query_start[-1] == batch.num_tokens
+        for name in ("slots", "query_start", "context_lens", "token_ids"):
+            assert getattr(batch, name).dtype == np.int32
+        assert batch.samples.dtype == np.bool_
+        assert len(set(batch.request_ids)) == len(set(batch.slots.tolist())) == n
+        assert Batch.from_bytes(batch.to_bytes()) == batch
+        decodes = [self.lives[name].arrival for name in batch.request_ids[: batch.num_decodes]]
+        assert decodes == sorted(decodes)
+        for row in range(n):
+            self._check_row(batch, row)
+
+    def _check_row(self, batch: Batch, row: int) -> None:
+        life = self.lives[batch.request_ids[row]]
+        request_id = life.request.request_id
+        slot, start = int(batch.slots[row]), int(batch.context_lens[row])
+        new = batch.token_ids[batch.query_start[row] : batch.query_start[row + 1]].tolist()
+        stop = start + len(new)
+        assert life.end is None
+        assert self.scheduler.state_of(request_id) is RequestState.RUNNING
+        assert 0 <= slot < self.config.max_num_seqs
+        releases = self.pages.releases.get(request_id, 0)
+        if life.slot is None or releases > life.releases:  # a start, or a return
+            assert start % self.pages.page_size == 0
+            assert life.request.reuse_prefix or start == 0
+            assert not any(request_id in other.request_ids for other, _ in self.in_flight)
+            self._check_is_next(life)
+            life.slot, life.releases, life.starts = slot, releases, life.starts + 1
+        else:
+            assert start == life.kv, "chunks do not tile the request"
+        assert slot == life.slot, "the slot of a running request changed"
+        users = {
+            b.request_ids[b.slots.tolist().index(slot)]
+            for b, _ in self.in_flight
+            if slot in b.slots
+        }
+        assert users <= {request_id}, "the slot is still in use"
+
+        assert stop <= self.pages.pages[request_id] * self.pages.page_size
+        assert stop <= len(life.history)
+        assert len(life.history) - life.prompt_len < life.request.max_tokens
+        assert bool(batch.samples[row]) == (stop == len(life.history))
+        for position, token in enumerate(new, start):
+            unknown = life.sampled_at.get(position, -1) > self.committed
+            assert token == (-1 if unknown else life.history[position])
+        if row < batch.num_decodes:
+            assert len(new) == 1
+            assert start >= life.prompt_len
+        else:
+            assert 1 <= len(new) <= self.config.prefill_chunk
+
+    def _oldest_running(self) -> str | None:
+        """The oldest of the running requests that have something to compute."""
+        for name, life in self.lives.items():
+            if (
+                life.end is None
+                and not self._is_finished(name)
+                and self.scheduler.state_of(name) is RequestState.RUNNING
+                and len(life.history) - life.prompt_len < life.request.max_tokens
+            ):
+                return name
+        return None
+
+    def _check_progress(self, oldest: str | None, batch: Batch | None) -> None:
+        """The oldest running request goes on, save for short waits for iterations in flight.
+
+        Its prefill also waits while decodes alone fill the budget.
+        """
+        if oldest is None or (batch is not None and oldest in batch.request_ids):
+            self.waits = 0
+        elif batch is None or batch.num_decodes < self.config.max_num_batched_tokens:
+            self.waits += 1
+        assert self.waits <= 2 * (self.lag + 1) * (self.config.max_num_seqs + 1), "starvation"
+
+    def _check_is_next(self, life: Life) -> None:
+        """When a request starts, no older one stays queued, unless it waits for a restore."""
+        for name, other in self.lives.items():
+            if other.arrival < life.arrival and not self._is_finished(name):
+                assert self.scheduler.state_of(name) in (
+                    RequestState.RUNNING,
+                    RequestState.WAITING_FOR_RESTORE,
+                )
+
+    def _take(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            life = self.lives[event.request_id]
+            assert life.end is None, "an event after the last"
+            if event.token_id is None:
+                assert event.finish_reason is FinishReason.ABORT
+            else:
+                life.received.append(event.token_id)
+                expected, reason = expected_output(life.request)
+                assert life.received == expected[: len(life.received)]
+                ends = len(life.received) == len(expected)
+                assert event.finish_reason == (reason if ends else None)
+                stopped = event.finish_reason is FinishReason.STOP
+                assert event.stop_token == (event.token_id if stopped else None)
+            if event.finish_reason is not None:
+                life.end = event
+                self._check_ledger(life)
+            else:
+                assert event.ledger is None
+
+    def _check_ledger(self, life: Life) -> None:
+        ledger = life.end.ledger
+        assert ledger.prompt_tokens == life.prompt_len
+        assert ledger.output_tokens == len(life.received)
+        assert ledger.finished == self.now
+        assert ledger.cached_tokens < life.prompt_len
+        times = [ledger.arrival, ledger.first_scheduled, ledger.first_token, ledger.finished]
+        known = [time for time in times if time is not None]
+        assert known == sorted(known)
+        assert (ledger.first_token is None) == (not life.received)
+        if life.starts:
+            assert life.starts <= ledger.preemptions + 1
+            assert ledger.prefill_chunks >= life.starts
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The toy engine and its parts."""
+    return SimpleNamespace(
+        Engine=ToyEngine, Pages=ToyPages, expected_output=expected_output, VOCAB=VOCAB
+    )
