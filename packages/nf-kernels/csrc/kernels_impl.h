@@ -2,7 +2,7 @@
 // Only plain loops and inline helpers in here: a template of the standard library instantiated with
 // wide instructions could be merged by the linker into code that runs on a narrower machine.
 
-#include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels.h"
@@ -84,7 +84,7 @@ void attend(const AttentionArgs& a, int64_t request, int64_t kv_head, int64_t fi
         q[r * d + j] *= a.scale;
         acc[r * d + j] = 0.0f;
       }
-      row_max[r] = -INFINITY;
+      row_max[r] = -__builtin_inff();
       row_sum[r] = 0.0f;
     }
   }
@@ -185,7 +185,7 @@ void paged_attention(const AttentionArgs& a) {
 }
 
 inline void normalize_head(float* x, const float* weight, int64_t d, float eps) {
-  const float inverse = 1.0f / std::sqrt(dot(x, x, d) / static_cast<float>(d) + eps);
+  const float inverse = 1.0f / __builtin_sqrtf(dot(x, x, d) / static_cast<float>(d) + eps);
 #pragma omp simd
   for (int64_t j = 0; j < d; ++j) x[j] = x[j] * inverse * weight[j];
 }
@@ -228,7 +228,7 @@ void rope_append(const RopeAppendArgs& a) {
       if (a.k_norm) normalize_head(x, k_weight, d, a.eps);
       rotate(x, cos_sin, d, static_cast<T*>(a.k_cache) + at);
       __builtin_memcpy(static_cast<T*>(a.v_cache) + at, v_row + h * d,
-                       static_cast<size_t>(d) * sizeof(T));
+                       static_cast<std::size_t>(d) * sizeof(T));
     }
   }
 }
@@ -246,7 +246,7 @@ void rms_norm(const RmsNormArgs& a) {
       const float v = to_float(x[j]);
       sum += v * v;
     }
-    const float inverse = 1.0f / std::sqrt(sum / static_cast<float>(a.width) + a.eps);
+    const float inverse = 1.0f / __builtin_sqrtf(sum / static_cast<float>(a.width) + a.eps);
 #pragma omp simd
     for (int64_t j = 0; j < a.width; ++j) store(out + j, to_float(x[j]) * inverse * to_float(weight[j]));
   }
@@ -270,20 +270,12 @@ void swiglu(const SwiGluArgs& a) {
   }
 }
 
-#if defined(NF_HAVE_FLOAT16)
-#define NF_FLOAT16_CASE(kernel) \
-  case DType::kFloat16: return kernel<Float16>(args);
-#else
-#define NF_FLOAT16_CASE(kernel) \
-  case DType::kFloat16: return;  // refused by the binding on such compilers
-#endif
-
 #define NF_BY_DTYPE(kernel, Args)                                \
   void kernel##_by_dtype(DType dtype, const Args& args) {        \
     switch (dtype) {                                             \
       case DType::kFloat32: return kernel<float>(args);          \
       case DType::kBFloat16: return kernel<BFloat16>(args);      \
-      NF_FLOAT16_CASE(kernel)                                    \
+      case DType::kFloat16: return kernel<Float16>(args);        \
     }                                                            \
   }
 

@@ -7,21 +7,40 @@
 #include <string>
 
 #include "kernels.h"
-#include "number.h"
+
+#if defined(NF_X86)
+#include <cpuid.h>
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
-const nf::KernelTable& table() {
 #if defined(NF_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return nf::avx512::kTable;
+// What both wide builds use beside the instructions they are named after. __builtin_cpu_supports
+// does not know f16c in every compiler.
+bool has_fma_and_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_FMA) && (c & bit_F16C);
+}
+#endif
+
+const nf::KernelTable& choose_table() {
+#if defined(NF_X86)
+  if (has_fma_and_f16c()) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return nf::avx512::kTable;
+    }
+    if (__builtin_cpu_supports("avx2")) return nf::avx2::kTable;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return nf::avx2::kTable;
 #endif
   return nf::generic::kTable;
+}
+
+const nf::KernelTable& table() {
+  static const nf::KernelTable& chosen = choose_table();
+  return chosen;
 }
 
 template <typename T>
@@ -107,11 +126,6 @@ void swiglu(int dtype, uintptr_t gate_up, uintptr_t out, int64_t num_rows, int64
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU kernels of nf_kernels; use them through nf_kernels.ops.";
   m.attr("isa") = table().isa;
-#if defined(NF_HAVE_FLOAT16)
-  m.attr("has_float16") = true;
-#else
-  m.attr("has_float16") = false;
-#endif
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("paged_attention", &paged_attention, release());
   m.def("rope_append", &rope_append, release());

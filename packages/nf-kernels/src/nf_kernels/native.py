@@ -37,8 +37,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return importlib.import_module("nf_kernels._cpu"), ""
     except ModuleNotFoundError:
         return None, (
-            "nf-kernels was installed without a C++ compiler; "
-            "install one and reinstall nf-kernels for speed"
+            "nf-kernels was installed without a C++ compiler or Python's headers; "
+            "install them and reinstall nf-kernels for speed"
         )
     except ImportError as error:
         return None, f"the extension does not load: {error}"

@@ -36,7 +36,7 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | Non
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
             f"expected {dtype} {expected} on cpu"
         )
-    if tensor.numel() and tensor.stride(-1) != 1:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, "
             f"make it contiguous"
@@ -62,12 +62,17 @@ def _check_cache(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> None:
     _check("v_cache", v_cache, dtype, tuple(k_cache.shape))
     _check_contiguous("k_cache", k_cache)
     _check_contiguous("v_cache", v_cache)
+    if 0 in k_cache.shape[1:]:
+        raise ValueError(
+            f"k_cache is {list(k_cache.shape)}; "
+            f"expected [pages, KV heads, page size, head_dim], the last three at least 1"
+        )
 
 
 def rms_norm(*, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     """As `reference.rms_norm`."""
+    _check("x", x, x.dtype, (None, None))
     rows, width = x.shape
-    _check("x", x, x.dtype, (rows, width))
     _check("weight", weight, x.dtype, (width,))
     _check("out", out, x.dtype, (rows, width))
     _kernels().rms_norm(
@@ -85,8 +90,8 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
     """As `reference.swiglu`."""
+    _check("out", out, out.dtype, (None, None))
     rows, width = out.shape
-    _check("out", out, out.dtype, (rows, width))
     _check("gate_up", gate_up, out.dtype, (rows, 2 * width))
     _kernels().swiglu(
         _dtype_code("gate_up", gate_up),
@@ -115,16 +120,21 @@ def rope_append(
     """As `reference.rope_append`."""
     _check_cache(k_cache, v_cache, qkv.dtype)
     num_pages, kv_heads, page_size, head_dim = k_cache.shape
-    tokens = qkv.shape[0]
-    heads = out.shape[1] // head_dim
-    _check("qkv", qkv, qkv.dtype, (tokens, (heads + 2 * kv_heads) * head_dim))
+    if head_dim % 2:
+        raise ValueError(f"k_cache has heads of {head_dim}; rotation needs an even number")
+    _check("qkv", qkv, qkv.dtype, (None, None))
+    tokens, width = qkv.shape
+    heads = width // head_dim - 2 * kv_heads
+    if heads < 1 or width % head_dim:
+        raise ValueError(
+            f"qkv has rows of {width}; expected a multiple of head_dim {head_dim}, "
+            f"with more than the {2 * kv_heads} heads of K and V"
+        )
     _check("out", out, qkv.dtype, (tokens, heads * head_dim))
     _check("positions", positions, torch.int64, (tokens,))
     _check("slots", slots, torch.int64, (tokens,))
     _check("cos_sin", cos_sin, torch.float32, (None, head_dim))
     _check_contiguous("cos_sin", cos_sin)
-    if tokens == 0:
-        return
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             _check(name, norm, qkv.dtype, (head_dim,))
@@ -181,20 +191,20 @@ def prefill_attention(
     """As `reference.prefill_attention`."""
     _check_cache(k_cache, v_cache, q.dtype)
     num_pages, kv_heads, page_size, head_dim = k_cache.shape
-    requests = seq_lens.shape[0]
-    _check("q", q, q.dtype, (None, q.shape[1]))
+    _check("q", q, q.dtype, (None, None))
     _check("out", out, q.dtype, tuple(q.shape))
-    _check("seq_lens", seq_lens, torch.int32, (requests,))
+    _check("seq_lens", seq_lens, torch.int32, (None,))
+    requests = seq_lens.shape[0]
     _check("query_start", query_start, torch.int32, (requests + 1,))
     _check("page_table", page_table, torch.int32, (requests, None))
-    if requests == 0:
-        return
     heads = q.shape[1] // head_dim
-    if heads * head_dim != q.shape[1] or heads % kv_heads:
+    if heads < 1 or q.shape[1] % (kv_heads * head_dim):
         raise ValueError(
             f"q has rows of {q.shape[1]}; expected a multiple of "
             f"{kv_heads} KV heads * head_dim {head_dim}"
         )
+    if window < 0:
+        raise ValueError(f"window is {window}; expected 0 (all keys) or a number of keys")
     if head_dim > _MAX_HEAD_DIM or page_size > _MAX_PAGE_SIZE or heads // kv_heads > _MAX_GROUP:
         reference.prefill_attention(
             q=q,
@@ -245,6 +255,8 @@ def decode_attention(
     out: Tensor,
 ) -> None:
     """As `reference.decode_attention`."""
+    _check("q", q, q.dtype, (None, None))
+    _check("seq_lens", seq_lens, torch.int32, (q.shape[0],))
     prefill_attention(
         q=q,
         k_cache=k_cache,

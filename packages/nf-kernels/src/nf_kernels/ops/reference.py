@@ -110,16 +110,15 @@ def rope_append(
         k_norm: [d], of every K head, or None.
         eps: Of these norms.
     """
-    tokens = qkv.shape[0]
     _, kv_heads, page_size, head_dim = k_cache.shape
     heads = out.shape[1] // head_dim
-    q, k, v = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q = _rms_normalize(q, q_norm, eps)
     if k_norm is not None:
         k = _rms_normalize(k, k_norm, eps)
     cosine, sine = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    out.copy_(_rotate(q, cosine, sine).reshape(tokens, -1))
+    out.copy_(_rotate(q, cosine, sine).flatten(1))
     pages = torch.div(slots, page_size, rounding_mode="floor")
     offsets = slots % page_size
     k_cache[pages, :, offsets] = _rotate(k, cosine, sine).to(k_cache.dtype)
@@ -192,12 +191,11 @@ def decode_attention(
 ) -> None:
     """Attention of one token per request; as `prefill_attention` with one row each."""
     _, kv_heads, page_size, head_dim = k_cache.shape
-    requests = q.shape[0]
     keys, values = (
-        cache[page_table.long()].transpose(1, 2).reshape(requests, kv_heads, -1, head_dim).float()
+        cache[page_table.long()].transpose(1, 2).flatten(2, 3).float()
         for cache in (k_cache, v_cache)
     )
-    queries = q.view(requests, kv_heads, -1, head_dim).float() * scale
+    queries = q.unflatten(1, (kv_heads, -1, head_dim)).float() * scale
     scores = queries @ keys.transpose(2, 3)
     key_at = torch.arange(page_table.shape[1] * page_size, device=q.device)
     hidden = key_at >= seq_lens.unsqueeze(1)
@@ -207,7 +205,7 @@ def decode_attention(
     weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
     # Pages past the end may hold anything, NaN too, which a zero weight would not silence.
     values = values.masked_fill(hidden.transpose(2, 3), 0.0)
-    out.copy_((weights @ values).reshape(requests, -1))
+    out.copy_((weights @ values).flatten(1))
 
 
 def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
@@ -256,7 +254,7 @@ def moe_experts(
         residual: [T, D].
         out: [T, D]; may be `residual` itself.
     """
-    total = residual.float()
+    total = residual.to(torch.float32, copy=True)
     for expert in expert_ids.unique().tolist():
         rows, choice = (expert_ids == expert).nonzero(as_tuple=True)
         gate, up = (x[rows] @ gate_up[expert].t()).chunk(2, dim=-1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_CANDIDATES = 256
+
 
 def sample(
     *,
@@ -31,30 +33,60 @@ def sample(
     torch.argmax(logits, dim=-1, out=out)
     drawn = temperature > 0
     filtered = drawn & ((top_k > 0) | (top_p < 1) | (min_p > 0))
-    for rows, ordered in (
-        ((drawn & ~filtered).nonzero().squeeze(1), False),
-        (filtered.nonzero().squeeze(1), True),
+    for rows, draw in (
+        ((drawn & ~filtered).nonzero().squeeze(1), _draw),
+        (filtered.nonzero().squeeze(1), _draw_filtered),
     ):
         if rows.numel() == 0:
             continue
-        scaled = logits[rows] / temperature[rows].unsqueeze(1)
-        probabilities = scaled.softmax(dim=-1)
-        if ordered:
-            probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-            probabilities = _filter(probabilities, top_k[rows], top_p[rows], min_p[rows])
-            out[rows] = tokens.gather(1, _invert(probabilities, uniform[rows])).squeeze(1)
-        else:
-            out[rows] = _invert(probabilities, uniform[rows]).squeeze(1)
+        chosen = logits[rows]
+        # The largest logit becomes 0 first: no temperature, however small, makes infinities.
+        chosen -= chosen.amax(dim=-1, keepdim=True)
+        probabilities = (chosen / temperature[rows].unsqueeze(1)).softmax(dim=-1)
+        out[rows] = draw(probabilities, top_k[rows], top_p[rows], min_p[rows], uniform[rows])
+
+
+def _draw(
+    probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Draw from all tokens; the filters are off."""
+    return _invert(probabilities, uniform).squeeze(1)
+
+
+def _draw_filtered(
+    probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Draw from what the filters keep.
+
+    Filters mostly keep a few of many tokens, and the largest few are found ten times faster than
+    all are sorted. Whether they are enough is a question that each row answers for itself.
+    """
+    few, tokens = probabilities.topk(min(_CANDIDATES, probabilities.shape[1]), dim=-1)
+    enough = (
+        ((top_k > 0) & (top_k <= _CANDIDATES))
+        | ((top_k == 0) & (few.cumsum(dim=-1)[:, -1] >= top_p) & (top_p < 1))
+        | ((top_p >= 1) & (few[:, -1] < min_p * few[:, 0]))
+    )
+    kept = _filter(few, top_k, top_p, min_p)
+    result = tokens.gather(1, _invert(kept, uniform)).squeeze(1)
+    rest = (~enough).nonzero().squeeze(1)
+    if rest.numel():
+        ordered, tokens = probabilities[rest].sort(dim=-1, descending=True, stable=True)
+        kept = _filter(ordered, top_k[rest], top_p[rest], min_p[rest])
+        result[rest] = tokens.gather(1, _invert(kept, uniform[rest])).squeeze(1)
+    return result
 
 
 def _filter(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Zero what the filters drop from probabilities [S, V] in descending order."""
+    """Zero what the filters drop from the largest probabilities [S, n] in descending order."""
     rank = torch.arange(ordered.shape[1], device=ordered.device)
-    limit = torch.where(top_k > 0, top_k, ordered.shape[1]).unsqueeze(1)
-    kept = ordered * (rank < limit)
-    # What stands before a token, in units of what top_k left.
-    total = kept.sum(dim=-1, keepdim=True)
-    before = kept.cumsum(dim=-1) - kept
+    limited = (top_k > 0).unsqueeze(1)
+    kept = ordered * (~limited | (rank < top_k.unsqueeze(1)))
+    # What stands before a token, in units of what top_k left. The order of a sum over the row
+    # would depend on the number of rows; that of a cumulative one does not.
+    cumulative = kept.cumsum(dim=-1)
+    total = torch.where(limited, cumulative[:, -1:], 1.0)
+    before = cumulative - kept
     kept = kept * ((before < top_p.unsqueeze(1) * total) | (top_p.unsqueeze(1) >= 1))
     return kept * (kept >= min_p.unsqueeze(1) * kept[:, :1])
 
@@ -65,4 +97,6 @@ def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:].contiguous()
     # Strictly below the sum, whatever the rounding: a token of probability 0 is never drawn.
     target = torch.minimum(uniform.unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)
+    index = torch.searchsorted(cumulative, target, right=True)
+    # A row of NaN has no distribution; its token is at least one of the vocabulary.
+    return index.clamp_(max=probabilities.shape[1] - 1)
