@@ -48,6 +48,13 @@ inline __attribute__((always_inline)) float dot(const float* a, const float* b, 
   return sum;
 }
 
+template <typename T>
+inline void prefetch(const T* p, int64_t n) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  const int64_t end = n * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < end; i += 64) __builtin_prefetch(bytes + i);
+}
+
 // Attention of `rows` query rows (some query tokens of one request, all heads of one KV head) over
 // the request's pages, one page at a time with a running maximum (online softmax).
 // kHeadDim is the head size where it is known to the compiler, 0 where it is not.
@@ -94,6 +101,13 @@ void attend(const AttentionArgs& a, int64_t request, int64_t kv_head, int64_t fi
     const int64_t base = page * a.page_size;
     const int64_t offset = (static_cast<int64_t>(pages[page]) * a.num_kv_heads + kv_head) *
                            a.page_size * d;
+    if (page < last_position / a.page_size) {
+      // Pages lie anywhere in memory, so no hardware prefetcher sees the next one coming.
+      const int64_t next = (static_cast<int64_t>(pages[page + 1]) * a.num_kv_heads + kv_head) *
+                           a.page_size * d;
+      prefetch(static_cast<const T*>(a.k_cache) + next, a.page_size * d);
+      prefetch(static_cast<const T*>(a.v_cache) + next, a.page_size * d);
+    }
     const T* k_page = static_cast<const T*>(a.k_cache) + offset;
     const T* v_page = static_cast<const T*>(a.v_cache) + offset;
     const int64_t end = last_position + 1 - base < a.page_size ? last_position + 1 - base

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import socket
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from nf_runtime.seeds import choice_seeds
 from nf_runtime.tokenizer import Tokenizer
 from nf_runtime.validation import validate_request
 from nf_scheduler import Ledger
+
+_log = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS = 10.0
 
@@ -118,7 +121,7 @@ class RequestStream:
         return deltas
 
     async def aclose(self) -> None:
-        """Abort whatever has not finished. Calling it at the end does no harm."""
+        """Abort whatever has not finished, as `AsyncEngine.abort`; harmless at the end."""
         self._engine.abort(self.request_id)
 
     def accept(self, choice: Choice, output: TokenOutput) -> None:
@@ -130,22 +133,21 @@ class RequestStream:
                 *(describe_logprobs(row, tokenizer) for row in output.prompt_logprobs),
             ]
         delta = choice.accept(output)
-        if delta is None:
-            return
         known = self._pending.get(choice.index)
-        if known is None:
-            self._pending[choice.index] = delta
-        else:
+        if delta is not None and known is not None:
             known.join(delta)
-        if choice.finished:
+        elif delta is not None:
+            self._pending[choice.index] = delta
+        if output.finish_reason is not None:
             self._unfinished -= 1
         self._wake()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error; for `AsyncEngine`."""
-        if self._unfinished:
+        if not all(choice.finished for choice in self._choices):
             self._error = error
-            self._wake()
+        self._unfinished = 0
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -196,7 +198,10 @@ class AsyncEngine:
             ModelLoadError: The model cannot be loaded; with the child's reason.
             EngineDeadError: The process ended for another reason.
         """
-        path = await asyncio.to_thread(find_model, config.tokenizer or config.model)
+        path = await asyncio.to_thread(find_model, config.model)
+        tokenizer_path = path
+        if config.tokenizer is not None:
+            tokenizer_path = await asyncio.to_thread(find_model, config.tokenizer)
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -213,14 +218,15 @@ class AsyncEngine:
         try:
             # The tokenizer loads while the child loads the weights.
             engine.tokenizer, ready = await asyncio.gather(
-                asyncio.to_thread(Tokenizer, path), engine._ready
+                asyncio.to_thread(Tokenizer, tokenizer_path), engine._ready
             )
+            engine.info = info_from_json(ready)
+            generation = path / "generation_config.json"
+            values = read_json(generation) if generation.exists() else {}
         except BaseException:
+            engine._kill()  # it may be in the middle of loading
             await engine.shutdown()
             raise
-        engine.info = info_from_json(ready)
-        generation = path / "generation_config.json"
-        values = read_json(generation) if generation.exists() else {}
         engine.generation_defaults = {
             name: values[name] for name in _DEFAULTS if values.get(name) is not None
         }
@@ -277,10 +283,12 @@ class AsyncEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """End a request early; an unknown or finished one is left alone."""
-        for name in self._choice_names.pop(request_id, ()):
-            if self._live.pop(name, None) is not None:
-                self._send({"abort": name})
+        """End a request early; an unknown or finished one is left alone.
+
+        Its stream ends with `finish_reason` abort once the engine has let go of it.
+        """
+        for name in self._choice_names.get(request_id, ()):
+            self._send({"abort": name})
 
     async def wait_dead(self) -> str:
         """Wait until the engine process has gone; gives the reason."""
@@ -294,11 +302,15 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._process.wait(), _SHUTDOWN_SECONDS)
         except TimeoutError:
-            self._process.kill()
+            self._kill()
         await self._receiver
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._writer.is_closing():
@@ -313,6 +325,10 @@ class AsyncEngine:
         except (asyncio.IncompleteReadError, OSError):
             status = await self._process.wait()
             self._die(self._describe_exit(status))
+        except Exception as error:  # a defect; no stream must wait for ever because of it
+            _log.exception("what the engine process sent cannot be handled")
+            self._kill()
+            self._die(f"{type(error).__name__}: {error}")
 
     def _handle(self, message: dict[str, Any]) -> None:
         if "outputs" in message:
@@ -320,13 +336,13 @@ class AsyncEngine:
             for value in message["outputs"]:
                 self._deliver(output_from_json(value))
         elif "ready" in message:
-            self._ready.set_result(message["ready"])
+            if not self._ready.done():  # as it is when starting was cancelled
+                self._ready.set_result(message["ready"])
         elif "refused" in message:
             name, reason = message["refused"]
-            live = self._live.get(name)
-            if live is not None:
-                live[0].fail(InvalidRequestError(reason))
-                self.abort(live[0].request_id)
+            stream = self._forget(name)
+            stream.fail(InvalidRequestError(reason))
+            self.abort(stream.request_id)
         else:
             failed = message["failed"]
             self.dead_reason = failed["message"]
@@ -334,20 +350,22 @@ class AsyncEngine:
                 self._ready.set_exception(ModelLoadError(failed["message"]))
 
     def _deliver(self, output: TokenOutput) -> None:
-        live = self._live.get(output.request_id)
-        if live is None:  # aborted: its last outputs were under way
-            return
-        stream, choice = live
+        stream, choice = self._live[output.request_id]
         was_finished = choice.finished
         stream.accept(choice, output)
         if output.finish_reason is not None:
-            del self._live[output.request_id]
-            names = self._choice_names[stream.request_id]
-            names.remove(output.request_id)
-            if not names:
-                del self._choice_names[stream.request_id]
+            self._forget(output.request_id)
         elif choice.finished and not was_finished:  # by a stop string, which only we see
             self._send({"abort": output.request_id})
+
+    def _forget(self, name: str) -> RequestStream:
+        """Drop an answer that the engine has done with; gives the stream it belongs to."""
+        stream, _ = self._live.pop(name)
+        names = self._choice_names[stream.request_id]
+        names.remove(name)
+        if not names:
+            del self._choice_names[stream.request_id]
+        return stream
 
     def _describe_exit(self, status: int) -> str:
         if self._stopping:

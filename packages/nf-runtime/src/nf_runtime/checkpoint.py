@@ -1,7 +1,7 @@
 """Reading a checkpoint's tensors from safetensors files."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +11,9 @@ from nf_runtime.errors import ModelLoadError
 from nf_runtime.model_config import read_json
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# What is read of a mapped file occupies memory until the file is unmapped.
+_MAPPED_BYTES = 16 << 20
 
 
 class Checkpoint:
@@ -28,60 +31,84 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for path in _shards(directory):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self.files.update(dict.fromkeys(file.keys(), path))
+                    for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+                        self.files[name] = path
+                        self._shapes[name] = tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(
                     f"{path} is truncated or corrupt ({error}); fetch the file again"
                 ) from error
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor.
+
+        Raises:
+            ModelLoadError: There is no such tensor.
+        """
+        if name not in self._shapes:
+            raise ModelLoadError(
+                f"the checkpoint in {next(iter(self.files.values())).parent} has no tensor "
+                f"{name!r}; it is incomplete, or config.json does not belong to it"
+            )
+        return self._shapes[name]
+
     def copy(self, targets: Mapping[str, Tensor]) -> None:
         """Copy tensors into place, converting their dtype.
 
-        The files are mapped for the time of the call only: what has been read can leave memory
-        again, and a whole model is loaded with little more than its own size.
+        The files are mapped for some rows at a time: what has been read leaves memory again, and a
+        model is loaded with little more than its own size, however large its tensors are.
 
         Raises:
             ModelLoadError: A tensor is missing or has another shape; the file is named.
         """
-        by_file: dict[Path, list[str]] = defaultdict(list)
-        for name in targets:
-            if name not in self.files:
+        by_file: dict[Path, dict[str, Tensor]] = defaultdict(dict)
+        for name, target in targets.items():
+            if self.shape(name) != target.shape:
                 raise ModelLoadError(
-                    f"the checkpoint in {next(iter(self.files.values())).parent} has no tensor "
-                    f"{name!r}; it is incomplete, or config.json does not belong to it"
+                    f"{self.files[name]}: tensor {name!r} is {list(self.shape(name))}; config.json "
+                    f"makes it {list(target.shape)}"
                 )
-            by_file[self.files[name]].append(name)
-        for path, names in by_file.items():
+            by_file[self.files[name]][name] = target
+        for path, tensors in by_file.items():
             try:
-                with safe_open(path, framework="pt") as file:
-                    for name in names:
-                        _copy_tensor(path, name, file.get_tensor(name), targets[name])
+                for pieces in _mappings(tensors):
+                    with safe_open(path, framework="pt") as file:
+                        for name, rows in pieces:
+                            tensors[name][rows].copy_(file.get_slice(name)[rows])
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(f"{path} cannot be read: {error}") from error
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
 
-
-def _copy_tensor(path: Path, name: str, source: Tensor, target: Tensor) -> None:
-    if source.shape != target.shape:
-        raise ModelLoadError(
-            f"{path}: tensor {name!r} is {list(source.shape)}; config.json makes it "
-            f"{list(target.shape)}"
-        )
-    target.copy_(source)
+def _mappings(tensors: Mapping[str, Tensor]) -> Iterator[list[tuple[str, slice]]]:
+    """Cut tensors into runs of rows, and group them by what is read in one mapping of the file."""
+    pieces: list[tuple[str, slice]] = []
+    room = _MAPPED_BYTES
+    for name, tensor in tensors.items():
+        row_bytes = tensor[0].nbytes
+        start = 0
+        while start < len(tensor):
+            end = min(len(tensor), start + max(1, room // row_bytes))
+            pieces.append((name, slice(start, end)))
+            room -= (end - start) * row_bytes
+            start = end
+            if room < row_bytes:
+                yield pieces
+                pieces, room = [], _MAPPED_BYTES
+    if pieces:
+        yield pieces
 
 
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.exists():
-        shards = {directory / file for file in read_json(index).get("weight_map", {}).values()}
+        weight_map = read_json(index).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        shards = {directory / str(file) for file in files}
         missing = sorted(path for path in shards if not path.exists())
         if missing or not shards:
             raise ModelLoadError(

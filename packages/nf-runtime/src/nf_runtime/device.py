@@ -12,9 +12,16 @@ from nf_runtime.model_config import ModelConfig
 _CPU_SHARE = 0.1
 _CUDA_SHARE = 0.85
 
+# oneDNN compiles a kernel for every number of rows it meets. It keeps 1024 of them, up to 1 MB each,
+# and torch, calling it, keeps as many again.
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_CACHED_KERNELS = 128
+
 
 def pick_device(name: str) -> torch.device:
     """The device by its name; `auto` is a GPU where torch finds one, else the CPU.
+
+    Also bounds the memory that the CPU's matrix library takes for compiled kernels.
 
     Raises:
         ModelLoadError: It is a GPU, and torch finds none.
@@ -26,6 +33,8 @@ def pick_device(name: str) -> torch.device:
             f"device is {name!r}, but torch {torch.__version__} finds no GPU; use device cpu, or "
             f"install a build of torch for CUDA"
         )
+    for variable in _KERNEL_CACHES:  # read when the first kernel runs; what the user has set stays
+        os.environ.setdefault(variable, str(_CACHED_KERNELS))
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -24,7 +24,7 @@ from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.weights import load_weights, make_weights
-from nf_scheduler import Request, Scheduler, SchedulerConfig, TokenEvent
+from nf_scheduler import Batch, IterationResult, Request, Scheduler, SchedulerConfig, TokenEvent
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class Engine:
         )
         phases["kv_cache"] = clock() - started
         self._live: dict[str, _Live] = {}
+        self._untold: list[TokenEvent] = []  # of an iteration that failed
         self._iterations = 0
         self._iteration_tokens = 0
         self._busy_seconds = 0.0
@@ -156,6 +157,8 @@ class Engine:
         Raises:
             ValueError: Its id is in use, or it can never fit.
         """
+        if request.request_id in self._live:  # it may have finished without being told of yet
+            raise ValueError(f"request_id {request.request_id!r} is in use; give each its own")
         params = request.params
         prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
         room = self.info.max_model_len - len(prompt)
@@ -183,13 +186,22 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[TokenOutput]:
-        """Run one iteration and give its tokens."""
+        """Run one iteration and give its tokens.
+
+        When it fails or is interrupted, its requests end (`abort`), told by the next `step`.
+        """
         started = self._clock()
-        batch = self.scheduler.schedule()
+        untold, self._untold = self._untold, []
+        batch = None if untold else self.scheduler.schedule()
         if batch is None:
-            return [self._output(event, None) for event in self.scheduler.take_events()]
-        self.executor.launch(batch, self.kv_cache.page_tables(batch.request_ids))
-        output = self.executor.poll()
+            untold += self.scheduler.take_events()
+            return [self._output(event, None) for event in untold]
+        try:
+            self.executor.launch(batch, self.kv_cache.page_tables(batch.request_ids))
+            output = self.executor.poll()
+        except BaseException:  # an interrupt as well
+            self._drop(batch)
+            raise
         for request_id, (start, rows) in output.prompt_logprobs.items():
             # By position, because a prompt may be computed again after a preemption.
             self._live[request_id].prompt_logprobs[start:] = rows
@@ -217,6 +229,13 @@ class Engine:
             del self._live[event.request_id]
             self.executor.sampler.remove(event.request_id)
         return output
+
+    def _drop(self, batch: Batch) -> None:
+        """End the requests of an iteration that has no result; nothing that it wrote is reused."""
+        for request_id in batch.request_ids:
+            self.scheduler.abort(request_id)
+        result = IterationResult(batch.iteration, np.zeros(len(batch), dtype=np.int32))
+        self._untold = self.scheduler.commit(result)
 
     def _warm_up(self) -> None:
         """Run one prompt through, so that the first user does not wait for lazy initialization."""

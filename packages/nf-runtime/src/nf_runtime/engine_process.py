@@ -89,12 +89,14 @@ class EngineProcess:
         self._writer.join()
 
     def _read(self) -> None:
-        with self._connection.makefile("rb") as stream:
-            while header := stream.read(HEADER.size):
-                body = stream.read(*HEADER.unpack(header))
-                self._commands.put(json.loads(body))
-        # The parent is gone: there is nobody to clean up for.
-        os._exit(1)
+        try:
+            with self._connection.makefile("rb") as stream:
+                while len(header := stream.read(HEADER.size)) == HEADER.size:
+                    body = stream.read(*HEADER.unpack(header))
+                    self._commands.put(json.loads(body))
+        finally:
+            # The parent is gone, if in the middle of a message: there is nobody to clean up for.
+            os._exit(1)
 
     def _write(self) -> None:
         while (item := self._outgoing.get()) is not None:

@@ -1,6 +1,7 @@
 """The offline API: a model in this process, prompts in, answers out."""
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -136,8 +137,8 @@ class LLM:
         self.shutdown()
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> "_Work":
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        ids = None if isinstance(prompt, str) else prompt.get("prompt_token_ids")
+        fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
         if ids is None:
             if not isinstance(text, str):
                 raise InvalidRequestError(
@@ -155,22 +156,29 @@ class LLM:
                 "stop needs a tokenizer; use stop_token_ids, or drop skip_tokenizer_init",
                 param="stop",
             )
-        ids = list(ids)
+        try:
+            ids = [operator.index(token) for token in ids]
+        except TypeError as error:
+            raise InvalidRequestError(
+                f"prompt_token_ids is {ids!r:.200}; expected a list of integers", param="prompt"
+            ) from error
         validate_request(ids, params, self.engine.info)
         return _Work(str(next(self._numbers)), text, ids, params, self.tokenizer)
 
     def _run(self, work: list["_Work"], use_tqdm: bool) -> list[RequestOutput]:
         engine = self.engine
         waiting: dict[str, tuple[_Work, Choice]] = {}
-        for item in work:
-            for choice, seed in zip(
-                item.choices, choice_seeds(item.params, self._seed, item.number), strict=True
-            ):
-                name = f"{item.output.request_id}.{choice.index}"
-                waiting[name] = (item, choice)
-                engine.add(EngineRequest(name, item.output.prompt_token_ids, item.params, seed))
-        with tqdm(total=len(waiting), disable=None if use_tqdm else True, unit="answer") as bar:
+        total = sum(item.params.n for item in work)
+        with tqdm(total=total, disable=None if use_tqdm else True, unit="answer") as bar:
             try:
+                for item in work:
+                    seeds = choice_seeds(item.params, self._seed, item.number)
+                    for choice, seed in zip(item.choices, seeds, strict=True):
+                        name = f"{item.output.request_id}.{choice.index}"
+                        waiting[name] = (item, choice)
+                        engine.add(
+                            EngineRequest(name, item.output.prompt_token_ids, item.params, seed)
+                        )
                 while engine.has_work:
                     for output in engine.step():
                         item, choice = waiting[output.request_id]

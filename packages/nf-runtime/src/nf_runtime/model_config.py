@@ -8,6 +8,18 @@ from typing import Any
 
 from nf_runtime.errors import ModelLoadError
 
+# Numbers of a RoPE scaling: those that a kind cannot do without, and all others in use.
+_ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+}
+_ROPE_OPTIONAL = (
+    *("factor", "original_max_position_embeddings", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -16,12 +28,14 @@ class RopeConfig:
     Attributes:
         theta: Base of the frequencies.
         kind: `default`, `linear`, `llama3` or `yarn`.
-        parameters: Further numbers of the kind, by their names in config.json.
+        parameters: Further numbers of the kind, by their names in config.json; none is 0.
+        truncate: Whether `yarn` rounds the dimensions between which it blends.
     """
 
     theta: float
     kind: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, float]
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +102,32 @@ class ConfigReader:
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelLoadError(f"{self.path}: {name} is {value!r}; expected a positive integer")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """A number."""
-        value = self.values.get(name, default)
-        if not isinstance(value, int | float):
-            raise ModelLoadError(f"{self.path}: {name} is {value!r}; expected a number")
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number; without a default the key must be there."""
+        value = self.values.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise ModelLoadError(f"{self.path}: {name} is {value!r}; expected a positive number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self.values.get(name)
         return default if value is None else bool(value)
+
+    def layers(self, name: str) -> frozenset[int]:
+        """Numbers of layers; none when the key is not there."""
+        value = self.values.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(layer, int) for layer in value):
+            raise ModelLoadError(
+                f"{self.path}: {name} is {value!r:.200}; expected a list of layer numbers"
+            )
+        return frozenset(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,13 +153,19 @@ def read_rope(reader: ConfigReader, default_theta: float) -> RopeConfig:
     if not isinstance(parameters, dict):
         raise ModelLoadError(f"{reader.path}: rope_scaling is {parameters!r}; expected an object")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    supported = ("default", "linear", "llama3", "yarn")
-    if kind not in supported:
+    if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
         raise ModelLoadError(
-            f"{reader.path}: RoPE scaling {kind!r} is not supported; supported: {supported}"
+            f"{reader.path}: RoPE scaling {kind!r} is not supported; "
+            f"supported: {', '.join(_ROPE_REQUIRED)}"
         )
-    theta = parameters.get("rope_theta", reader.number("rope_theta", default_theta))
-    return RopeConfig(theta=float(theta), kind=kind, parameters=parameters)
+    inner = ConfigReader(parameters, reader.path)
+    names = _ROPE_REQUIRED[kind] + tuple(n for n in _ROPE_OPTIONAL if parameters.get(n))
+    return RopeConfig(
+        theta=inner.number("rope_theta", reader.number("rope_theta", default_theta)),
+        kind=kind,
+        parameters={name: inner.number(name) for name in names},
+        truncate=inner.flag("truncate", True),
+    )
 
 
 def read_windows(reader: ConfigReader, num_layers: int, *, default: int | None) -> tuple[int, ...]:
@@ -143,22 +174,31 @@ def read_windows(reader: ConfigReader, num_layers: int, *, default: int | None) 
     window = values.get("sliding_window", default)
     if not values.get("use_sliding_window", True) or not window:
         return (0,) * num_layers
+    window = reader.integer("sliding_window", default)
     types = values.get("layer_types")
     if types is None:
-        full = values.get("max_window_layers", 0) if "use_sliding_window" in values else 0
+        uses_full = values.get("use_sliding_window") and values.get("max_window_layers")
+        full = reader.integer("max_window_layers") if uses_full else 0
         types = ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if (
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or not all(t in known for t in types)
+    ):
         raise ModelLoadError(
             f"{reader.path}: layer_types is {types!r:.200}; expected full_attention or "
             f"sliding_attention for each of {num_layers} layers"
         )
-    return tuple(int(window) if t == "sliding_attention" else 0 for t in types)
+    return tuple(window if t == "sliding_attention" else 0 for t in types)
 
 
-def read_eos(values: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids of both files, without repeats."""
-    ids: list[int] = []
+def read_eos(
+    values: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
+) -> tuple[int, ...]:
+    """End-of-sequence ids of both files that the model can produce, without repeats."""
+    ids: list[Any] = []
     for source in (values, generation):
         eos = source.get("eos_token_id")
-        ids += eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
-    return tuple(dict.fromkeys(ids))
+        ids += eos if isinstance(eos, list) else [eos]
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size))

@@ -54,7 +54,7 @@ def _yarn(plain: Tensor, p: Mapping[str, Any], config: ModelConfig) -> tuple[Ten
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(p.get("beta_fast") or 32), dimension_of(p.get("beta_slow") or 1)
-    if p.get("truncate", True):
+    if config.rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = (torch.arange(dim // 2).float() - low) / max(high - low, 0.001)

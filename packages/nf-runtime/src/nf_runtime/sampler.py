@@ -192,7 +192,7 @@ class Sampler:
             request.slot = slot
             params = request.params
             self._temperature[slot] = params.temperature
-            self._top_k[slot] = max(params.top_k, 0)
+            self._top_k[slot] = min(max(params.top_k, 0), self._vocab_size)
             self._top_p[slot] = params.top_p
             self._min_p[slot] = params.min_p
             self._seed[slot] = request.seed
@@ -265,7 +265,7 @@ def row_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list[R
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, token_ids.unsqueeze(1))
     ranks = (logprobs > chosen).sum(dim=-1) + 1
-    top, ids = logprobs.topk(max(counts, default=0), dim=-1)
+    top, ids = logprobs.topk(min(max(counts, default=0), logits.shape[1]), dim=-1)
     rows = zip(
         token_ids.tolist(),
         chosen.squeeze(1).tolist(),

@@ -1,6 +1,5 @@
 """How the tokens of a request are chosen, by vLLM's names."""
 
-import math
 from dataclasses import dataclass, field
 
 from nf_runtime.errors import InvalidRequestError
@@ -104,9 +103,7 @@ class SamplingParams:
 
     def _number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        in_range = is_number and math.isfinite(value) and low <= value <= high
-        if in_range and not (above and value == low):
+        if _is_number(value, low, high) and not (above and value == low):
             return
         raise InvalidRequestError(
             f"{name} is {value!r}; expected a number "
@@ -126,30 +123,47 @@ class SamplingParams:
 
     def _check_stop(self) -> None:
         strings = self.stop_strings
+        if not isinstance(strings, list | tuple):
+            raise InvalidRequestError(
+                f"stop is {strings!r:.200}; expected a string or a list of strings", param="stop"
+            )
         if len(strings) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in strings):
             raise InvalidRequestError(
                 f"stop has {len(strings)} strings; expected at most {MAX_STOP_STRINGS} strings, "
                 f"none of them empty",
                 param="stop",
             )
-        ids = self.stop_token_ids or []
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        ids = [] if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(ids, list | tuple) or not all(
+            isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids
+        ):
             raise InvalidRequestError(
                 f"stop_token_ids is {ids!r:.200}; expected token ids, integers from 0",
                 param="stop_token_ids",
             )
 
     def _check_logit_bias(self) -> None:
-        bias = self.logit_bias or {}
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, dict):
+            raise InvalidRequestError(
+                f"logit_bias is {bias!r:.200}; expected numbers by token id", param="logit_bias"
+            )
         if len(bias) > MAX_LOGIT_BIAS:
             raise InvalidRequestError(
                 f"logit_bias has {len(bias)} entries; expected at most {MAX_LOGIT_BIAS}",
                 param="logit_bias",
             )
         for token, value in bias.items():
-            if not isinstance(token, int) or not -100 <= value <= 100:
+            if not isinstance(token, int) or not _is_number(value, -100, 100):
                 raise InvalidRequestError(
                     f"logit_bias has {token!r}: {value!r}; expected token ids with numbers "
                     f"from -100 to 100",
                     param="logit_bias",
                 )
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value is a number in a range; NaN is in none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value <= high

@@ -7,6 +7,9 @@ from nf_runtime.tokenizer import Tokenizer
 # Prompt tokens that a decoder needs to see to join the answer's first token to the prompt.
 _CONTEXT_TOKENS = 8
 
+# What a decoder shows for the beginning of a character.
+_INCOMPLETE = "\ufffd"
+
 
 class TextStream:
     """Turns tokens into text without ever splitting a character, and looks for stop strings.
@@ -31,9 +34,7 @@ class TextStream:
         self.stopped_by: str | None = None
         self._backend = tokenizer.backend
         self._skip_special_tokens = skip_special_tokens
-        self._decoder = DecodeStream(
-            ids=prompt_token_ids[-_CONTEXT_TOKENS:], skip_special_tokens=skip_special_tokens
-        )
+        self._decoder = self._decode_after(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._stop = stop
         self._include_stop = include_stop
         self._held = ""
@@ -56,6 +57,18 @@ class TextStream:
     def finish(self) -> str:
         """Give the text held back, once no token follows."""
         return self._give(self._held)
+
+    def _decode_after(self, context: list[int]) -> DecodeStream:
+        """A decoder for what follows some tokens, whose last character may be incomplete."""
+        whole = len(context)
+        while whole and self._backend.decode(
+            context[:whole], skip_special_tokens=self._skip_special_tokens
+        ).endswith(_INCOMPLETE):
+            whole -= 1
+        decoder = DecodeStream(ids=context[:whole], skip_special_tokens=self._skip_special_tokens)
+        for token_id in context[whole:]:
+            decoder.step(self._backend, token_id)
+        return decoder
 
     def _decode(self, token_id: int) -> str:
         try:

@@ -29,8 +29,8 @@ class Tokenizer:
             self.backend = self._tokenizer.backend_tokenizer
         except Exception as error:  # the loader raises many kinds, all of which mean "unusable"
             raise ModelLoadError(
-                f"{directory} has no usable tokenizer ({error}); name another directory with "
-                f"tokenizer"
+                f"{directory} has no usable tokenizer; name another directory with tokenizer. "
+                f"The reason: {error}"
             ) from error
         # Some checkpoints ship with truncation or padding switched on, which would change prompts.
         self.backend.no_truncation()

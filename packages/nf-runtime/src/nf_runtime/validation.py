@@ -25,8 +25,8 @@ def validate_request(prompt_token_ids: list[int], params: SamplingParams, info: 
         ("logit_bias", params.logit_bias or ()),
     ):
         for token in ids:
-            if not 0 <= token < info.vocab_size:
+            if not isinstance(token, int) or not 0 <= token < info.vocab_size:
                 raise InvalidRequestError(
-                    f"{name} has token id {token}; expected 0 to {info.vocab_size - 1}",
+                    f"{name} has token id {token!r}; expected 0 to {info.vocab_size - 1}",
                     param=name,
                 )

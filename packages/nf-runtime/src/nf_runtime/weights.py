@@ -1,7 +1,7 @@
 """The weights of a model, in the shapes that its operations take."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nf_runtime.checkpoint import Checkpoint
-from nf_runtime.errors import ModelLoadError
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import Family, WeightSpec, layer_weights, model_weights
 
@@ -57,7 +56,7 @@ def load_weights(
         targets: dict[str, Tensor] = {}
         for spec in specs:
             loaded[spec.name] = torch.empty(spec.shape, dtype=dtype, device=device)
-            targets.update(_split(loaded[spec.name], spec, checkpoint))
+            targets.update(_split(loaded[spec.name], spec))
         checkpoint.copy(targets)
         used.update(targets)
         return loaded
@@ -103,26 +102,14 @@ def _load_groups(
     return ModelWeights(model=model, layers=layers)
 
 
-def _split(
-    target: Tensor, spec: WeightSpec, checkpoint: Checkpoint
-) -> Iterator[tuple[str, Tensor]]:
+def _split(target: Tensor, spec: WeightSpec) -> dict[str, Tensor]:
     """The parts of a weight that its checkpoint tensors fill, in order, along the rows."""
-    if len(spec.sources) == 1:
-        yield spec.sources[0], target
-        return
-    rows = target.view(-1, *target.shape[-1:]) if target.dim() > 1 else target
-    start = 0
-    for name in spec.sources:
-        if name not in checkpoint.files:
-            raise ModelLoadError(f"the checkpoint has no tensor {name!r}; it is incomplete")
-        end = start + checkpoint.shape(name)[0]
-        yield name, rows[start:end]
-        start = end
-    if start != rows.shape[0]:
-        raise ModelLoadError(
-            f"{checkpoint.files[spec.sources[0]]}: {', '.join(spec.sources[:3])} have {start} rows "
-            f"together; config.json makes it {rows.shape[0]}"
-        )
+    count = len(spec.sources)
+    if count == 1:
+        return {spec.sources[0]: target}
+    rows = target.flatten(0, 1) if target.dim() == 3 else target
+    sizes = spec.rows or (len(rows) // count,) * count
+    return dict(zip(spec.sources, rows.split(sizes), strict=True))
 
 
 def _is_expected(name: str, config: ModelConfig) -> bool:

@@ -27,10 +27,12 @@ def _kernels() -> Any:
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    fits = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    fits = tensor.shape == shape or (
+        None in shape
+        and tensor.dim() == len(shape)
+        and all(want in (None, have) for have, want in zip(tensor.shape, shape, strict=True))
     )
-    if tensor.dtype != dtype or not fits or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or not fits or not tensor.is_cpu:
         expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
@@ -90,9 +92,11 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
     """As `reference.swiglu`."""
-    _check("out", out, out.dtype, (None, None))
-    rows, width = out.shape
-    _check("gate_up", gate_up, out.dtype, (rows, 2 * width))
+    _check("gate_up", gate_up, gate_up.dtype, (None, None))
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up has rows of {gate_up.shape[1]}; expected an even number")
+    _check("out", out, gate_up.dtype, (rows, width))
     _kernels().swiglu(
         _dtype_code("gate_up", gate_up),
         gate_up.data_ptr(),

@@ -39,7 +39,7 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     values = read_json(path)
     names = values.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelLoadError(f"{path}: architectures is {names!r}; expected a list of one name")
     generation = directory / "generation_config.json"
     return find_family(names[0]).read_config(

@@ -24,11 +24,13 @@ class WeightSpec:
         shape: Of the whole weight.
         sources: Checkpoint names, put one after the other along the rows; `{layer}` is the number
             of the layer.
+        rows: Rows of each source; equal parts when empty.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +103,29 @@ def read_decoder_config(
             f"{reader.path}: the checkpoint is quantized; supported: bfloat16, float16, float32"
         )
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    num_layers = reader.integer("num_hidden_layers")
+    num_layers, vocab_size = reader.integer("num_hidden_layers"), reader.integer("vocab_size")
     kv_heads = reader.integer("num_key_value_heads", heads)
     size = reader.integer("head_dim", head_dim or hidden // heads)
-    if size % 8 or heads % kv_heads:
+    if not size or size % 8 or heads % kv_heads:
         raise ModelLoadError(
             f"{reader.path}: head_dim is {size}, with {heads} heads and {kv_heads} KV heads; "
             f"expected a head_dim that is a multiple of 8 and heads that KV heads divide"
         )
     attention_bias = reader.flag("attention_bias", False)
     experts = reader.integer(reader.present(*experts_keys)) if experts_keys else 0
-    dense_only = set(values.get("mlp_only_layers") or ())
+    experts_per_token = reader.integer("num_experts_per_tok", experts_per_token)
+    if 0 < experts < experts_per_token:
+        raise ModelLoadError(
+            f"{reader.path}: num_experts_per_tok is {experts_per_token}; expected at most the "
+            f"number of experts, which is {experts}"
+        )
+    dense_only = reader.layers("mlp_only_layers")
     step = reader.integer("decoder_sparse_step", 1)
     sparse = {i for i in range(num_layers) if i not in dense_only and (i + 1) % step == 0}
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
     return ModelConfig(
         architecture=values["architectures"][0],
-        vocab_size=reader.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         num_layers=num_layers,
         num_heads=heads,
@@ -134,11 +142,11 @@ def read_decoder_config(
         qk_norm=qk_norm,
         tied_embeddings=reader.flag("tie_word_embeddings", tied_embeddings),
         experts=experts,
-        experts_per_token=reader.integer("num_experts_per_tok", experts_per_token),
+        experts_per_token=experts_per_token,
         expert_intermediate_size=reader.integer(expert_size_key) if experts else 0,
         normalize_expert_weights=normalize_expert_weights,
         sparse_layers=frozenset(sparse if experts else ()),
-        eos_token_ids=read_eos(values, generation),
+        eos_token_ids=read_eos(values, generation, vocab_size),
         dtype=str(dtype).removeprefix("torch."),
     )
 
@@ -351,14 +359,17 @@ def layer_weights(config: ModelConfig, family: Family, layer: int) -> tuple[Weig
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
     hidden, inner = config.hidden_size, config.intermediate_size
     qkv = tuple(f"{attention}{x}_proj" for x in "qkv")
+    kv_size = config.num_kv_heads * config.head_dim
+    qkv_rows = (config.q_size, kv_size, kv_size)
     specs = [
         WeightSpec("input_norm", (hidden,), (prefix + "input_layernorm.weight",)),
-        WeightSpec("qkv", (config.qkv_size, hidden), tuple(f"{x}.weight" for x in qkv)),
+        WeightSpec("qkv", (config.qkv_size, hidden), tuple(f"{x}.weight" for x in qkv), qkv_rows),
         WeightSpec("output", (hidden, config.q_size), (attention + "o_proj.weight",)),
         WeightSpec("post_attention_norm", (hidden,), (prefix + "post_attention_layernorm.weight",)),
     ]
     if config.qkv_bias:
-        specs.append(WeightSpec("qkv_bias", (config.qkv_size,), tuple(f"{x}.bias" for x in qkv)))
+        sources = tuple(f"{x}.bias" for x in qkv)
+        specs.append(WeightSpec("qkv_bias", (config.qkv_size,), sources, qkv_rows))
     if config.output_bias:
         specs.append(WeightSpec("output_bias", (hidden,), (attention + "o_proj.bias",)))
     if config.qk_norm:
