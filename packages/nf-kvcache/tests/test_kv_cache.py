@@ -193,6 +193,38 @@ def test_a_recomputed_prefix_makes_longer_ones_findable_again():
     cache.check_integrity()
 
 
+def test_a_sequence_goes_on_after_the_page_that_stands_for_its_prefix_was_taken():
+    """As above, but the copy goes before anything builds on it."""
+    cache = make(4)
+    first, second = ids(1, 1, 1, 1), ids(2, 2, 2, 2)
+    cache.reserve("a", 4)
+    cache.reserve("b", 8)
+    cache.commit("a", first)
+    cache.commit("b", first)
+    cache.release("a")
+    cache.reserve("c", 8)
+    cache.commit("b", second)
+    cache.check_integrity()
+    cache.release("c")
+    fill(cache, "d", first)
+    assert cache.match(np.concatenate((first, second))).num_tokens == 8
+
+
+def test_a_match_is_out_of_date_when_any_of_its_pages_is():
+    cache = make(4)
+    first, second = ids(1, 1, 1, 1), ids(2, 2, 2, 2)
+    cache.reserve("a", 4)
+    cache.reserve("b", 8)
+    cache.commit("a", first)
+    cache.commit("b", first)
+    cache.commit("b", second)
+    cache.release("a")
+    match = cache.match(np.concatenate((first, second)))  # the page of `a`, then one of `b`
+    cache.reserve("c", 8)  # takes that of `a`
+    with pytest.raises(ValueError, match="out of date"):
+        cache.reserve("d", 8, match)
+
+
 def test_copies_that_cannot_be_found_are_free_after_release():
     cache = make(4)
     for name in ("a", "b"):
@@ -340,6 +372,14 @@ def test_integrity_check_finds_a_leaked_page():
     cache = make()
     cache._pool._free.pop()
     with pytest.raises(RuntimeError, match=r"page pool is broken: pages \[0\]"):
+        cache.check_integrity()
+
+
+def test_integrity_check_finds_a_prefix_that_is_not_held():
+    cache = make()
+    fill(cache, "a", np.arange(8, dtype=np.int32))
+    cache._entries["a"].node.holders -= 1
+    with pytest.raises(RuntimeError, match="1 sequences end at a prefix that counts 0"):
         cache.check_integrity()
 
 

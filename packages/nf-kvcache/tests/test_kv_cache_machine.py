@@ -1,7 +1,7 @@
 """Random operations on a KVCache, against a model of plain lists and dicts.
 
 The model has no tree, no reference counts and no order: a page can be found under all tokens up to
-its end, from when it is full until it is given to somebody else.
+its end, from when it is full until it is given to somebody else, unless another one could be then.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -27,8 +27,10 @@ from nf_kvcache import KVCache, KVLayout, OutOfPages
 NUM_PAGES = 12
 PAGE_SIZE = 3
 
-# Few tokens, so that prefixes are often shared.
-prompts = st.lists(st.integers(0, 1), max_size=20).map(lambda ids: np.array(ids, dtype=np.int32))
+# What all sequences are cut from, so that they share beginnings of many lengths.
+TEXTS = np.array([[0] * 40, [0] * 7 + [1] * 33, [0] * 3 + [2] * 37, [3] * 40], dtype=np.int32)
+texts = st.sampled_from(range(len(TEXTS)))
+prompts = st.builds(lambda text, stop: TEXTS[text, :stop], texts, st.integers(0, 20))
 
 
 @dataclass
@@ -66,6 +68,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         shared = []
         if match is not None:
             shared = list(match.pages)
+            event(f"pages matched: {min(len(shared), 3)}")
             assert shared == self.expected_match(tokens.tolist())
             assert match.num_tokens == len(shared) * PAGE_SIZE
             assert match.queried_tokens == len(tokens)
@@ -111,18 +114,20 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.take(pages[len(model.pages) :], used)
         model.pages = pages
 
-    @rule(name=names, tokens=prompts)
-    def commit(self, name, tokens):
+    @rule(name=names, text=texts, count=st.integers(0, 12))
+    def commit(self, name, text, count):
         if name not in self.sequences:
             return
         model = self.sequences[name]
+        tokens = TEXTS[text, len(model.tokens) : len(model.tokens) + count]
         if len(model.tokens) + len(tokens) > model.room:
             with pytest.raises(ValueError, match="reserve more first"):
                 self.cache.commit(name, tokens)
             return
+        first = len(model.tokens) // PAGE_SIZE
         self.cache.commit(name, tokens)
         model.tokens.extend(tokens.tolist())
-        for index in range(len(model.tokens) // PAGE_SIZE):
+        for index in range(first, len(model.tokens) // PAGE_SIZE):
             key = tuple(model.tokens[: (index + 1) * PAGE_SIZE])
             self.findable.setdefault(key, model.pages[index])
 

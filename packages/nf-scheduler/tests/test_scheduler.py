@@ -233,6 +233,41 @@ def test_others_go_on_while_one_waits_for_the_pages_of_a_younger_one_in_flight(t
     assert scheduler.schedule().request_ids == ["b"]
 
 
+def test_nobody_starts_while_a_running_request_lacks_a_page(toy):
+    """Also if pages come free in the middle of `schedule`, as the end of a restore may do."""
+
+    class Pages(toy.Pages):
+        def can_reserve(self, seq, num_tokens, match=None):
+            return super().can_reserve(seq, num_tokens, match) and num_tokens != self.refused
+
+    pages = Pages(page_size=4, num_pages=64)
+    pages.refused = 5
+    scheduler = Scheduler(pages, config(max_num_batched_tokens=4))
+    scheduler.add(request("a", 4, 9))
+    commit(scheduler, scheduler.schedule(), 1)
+    scheduler.add(request("b", 2, 9))
+    assert scheduler.schedule() is None
+    pages.refused = None
+    assert scheduler.schedule().request_ids == ["a", "b"]
+
+
+def test_a_prefill_in_flight_is_held_back_too(toy):
+    scheduler = Scheduler(
+        toy.Pages(page_size=4, num_pages=12),
+        config(max_num_batched_tokens=64, max_prefill_chunk=8),
+    )
+    scheduler.add(request("a", 7, 9))
+    scheduler.add(request("b", 40, 1))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first.query_start.tolist() == [0, 7, 15]
+    assert second.query_start.tolist() == [0, 1, 9]
+    assert scheduler.schedule() is None
+    commit(scheduler, first, 1, 0)
+    commit(scheduler, second, 2, 0)
+    assert scheduler.schedule().request_ids == ["a"]
+    assert scheduler.state_of("b") is RequestState.PREEMPTED
+
+
 def test_a_cached_prefix_is_not_computed_but_the_last_token_always_is(toy, pages):
     scheduler = Scheduler(pages, config())
     prompt = np.arange(8, dtype=np.int32)

@@ -227,7 +227,7 @@ class KVCache:
             RuntimeError: names what does not agree.
         """
         self._pool.check_integrity()
-        self._index.check_integrity()
+        self._index.check_integrity(entry.node for entry in self._entries.values())
         references = [0] * self.num_pages
         for entry in self._entries.values():
             for page in self._table.pages(entry.row):

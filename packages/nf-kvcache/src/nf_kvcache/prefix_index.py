@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 NO_PAGE = -1
 
@@ -92,8 +93,8 @@ class PrefixIndex:
         node.page = NO_PAGE
         self._prune(node)
 
-    def check_integrity(self) -> None:
-        """Compare the tree with the table of pages.
+    def check_integrity(self, held: Iterable[PrefixNode]) -> None:
+        """Compare the tree with the table of pages, and its holders with those of `held`.
 
         Raises:
             RuntimeError: names the page at fault.
@@ -105,7 +106,13 @@ class PrefixIndex:
             raise RuntimeError(
                 f"The prefix index is broken: tree and table disagree on pages {wrong[:8]}."
             )
+        holders = Counter(map(id, held))
         for node in self._all():
+            if node.holders != holders[id(node)]:
+                raise RuntimeError(
+                    f"The prefix index is broken: {holders[id(node)]} sequences end at a prefix "
+                    f"that counts {node.holders}."
+                )
             if not node.is_useful:
                 raise RuntimeError("The prefix index is broken: it keeps a prefix without a use.")
 

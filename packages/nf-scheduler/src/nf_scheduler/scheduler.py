@@ -165,7 +165,8 @@ class Scheduler:
         for slot in prefills.tolist():
             if budget and self._running.alive[slot] and slot not in stalled:
                 budget -= self._append_chunk(chunks, slot, budget)
-        self._admit(chunks, budget)
+        if not stalled:  # pages that come free now are for those who lack one
+            self._admit(chunks, budget)
         if not len(decodes) and not chunks:
             return None
         batch = self._running.form_batch(self._num_iterations, decodes, chunks)
