@@ -20,8 +20,8 @@ import pytest
 from nf_runtime import LLM, SamplingParams
 
 STREAMS = 32
-PROMPT_TOKENS = 32
-ROUNDS = 4
+PROMPT_TOKENS = 16
+ROUNDS = 3
 
 LEAST_SHARE_OF_OFFLINE = 0.85
 MOST_CPU_MICROSECONDS_PER_TOKEN = 50.0

@@ -1,0 +1,232 @@
+"""The `nanoflow` command line; whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="nanoflow",
+    help="NanoFlow: serve and run language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class LogLevel(StrEnum):
+    """Values of --log-level."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class GenerationConfig(StrEnum):
+    """Values of --generation-config."""
+
+    AUTO = "auto"
+    VLLM = "vllm"
+
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, bfloat16, float16 or float32; auto is the checkpoint's.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together.", show_default="model's")
+]
+LoadFormat = Annotated[
+    str, typer.Option(help="auto, safetensors, or dummy for random weights from a config alone.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the engine.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the tokenizer.", show_default="MODEL")
+]
+KvCacheTokens = Annotated[
+    int | None, typer.Option(help="Size of the KV cache in tokens.", show_default="from memory")
+]
+NativeKernels = Annotated[bool, typer.Option(help="Use the compiled kernels where there are some.")]
+GenerationConfigOption = Annotated[
+    GenerationConfig,
+    typer.Option(
+        help="Where default sampling parameters come from: auto is the model's "
+        "generation_config.json, vllm the API's own."
+    ),
+]
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients use; repeatable.", show_default="from MODEL"),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Most sequences in one batch.", show_default="engine's")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in one batch.", show_default="engine's")
+    ] = None,
+    kv_cache_tokens: KvCacheTokens = None,
+    load_format: LoadFormat = "auto",
+    seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    generation_config: GenerationConfigOption = GenerationConfig.AUTO,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the KV of prompts that begin alike.")
+    ] = True,
+    native_kernels: NativeKernels = True,
+    shutdown_timeout: Annotated[
+        float, typer.Option(help="Seconds for requests in flight after SIGTERM or Ctrl+C.", min=0)
+    ] = 30.0,
+    log_level: Annotated[LogLevel, typer.Option(help="Least severe records to log.")] = (
+        LogLevel.INFO
+    ),
+) -> None:
+    """Serve MODEL through an OpenAI-compatible HTTP API."""
+    from nf_server.commands import serve as command
+
+    options = _engine_options(
+        model=model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_tokens=kv_cache_tokens,
+        load_format=load_format,
+        seed=seed,
+        enable_prefix_caching=enable_prefix_caching,
+        native_kernels=native_kernels,
+    )
+    raise typer.Exit(
+        command.run(
+            options,
+            host=host,
+            port=port,
+            served_model_names=served_model_name or [],
+            use_generation_config=generation_config is GenerationConfig.AUTO,
+            shutdown_timeout=shutdown_timeout,
+            log_level=log_level.value,
+        )
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads it from stdin.')],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt through the chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token.", show_default="model's")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes repetition less likely.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the sampling repeatable.", show_default="none")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end.")
+    ] = False,
+    generation_config: GenerationConfigOption = GenerationConfig.AUTO,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_tokens: KvCacheTokens = None,
+    load_format: LoadFormat = "auto",
+    tokenizer: Tokenizer = None,
+    native_kernels: NativeKernels = True,
+) -> None:
+    """Generate one answer in the terminal."""
+    from nf_server.commands import generate as command
+
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or None,
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+    }
+    command.run(
+        _engine_options(
+            model=model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            kv_cache_tokens=kv_cache_tokens,
+            load_format=load_format,
+            native_kernels=native_kernels,
+        ),
+        {name: value for name, value in sampling.items() if value is not None},
+        prompt,
+        chat=chat,
+        use_generation_config=generation_config is GenerationConfig.AUTO,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print what to paste into a bug report."""
+    from nf_server.commands import env as command
+
+    command.run(as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from nf_server import __version__
+
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point of the `nanoflow` command."""
+    app()
+
+
+def _engine_options(**options: Any) -> dict[str, Any]:
+    """The options that were given; the engine has its own defaults for the others."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()

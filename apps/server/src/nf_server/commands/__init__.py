@@ -1,0 +1,1 @@
+"""The commands behind `nf_server.cli`; imported when they run."""

@@ -1,0 +1,1 @@
+"""Request models: what clients may send, and what is refused."""

@@ -1,0 +1,1 @@
+"""Answers as clients expect them: JSON bodies and stream frames of both endpoints."""

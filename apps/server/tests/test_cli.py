@@ -1,0 +1,184 @@
+"""The command line: quick help, one line per error, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+DEMO_MODEL = str(ROOT / "models" / "nanoflow-demo")
+
+
+def nanoflow(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nf_server.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        **kwargs,
+    )
+
+
+def only_error_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "nanoflow: error:" in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = nanoflow("--help")
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+    for command in ("serve", "generate", "env", "version"):
+        assert command in result.stdout
+    assert min(seconds) < 0.5, seconds
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["version"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from nf_server.cli import app\n"
+        f"try:\n    app({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'fastapi', 'uvicorn', 'nf_runtime'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip() == "[]"
+
+
+def test_no_arguments_shows_the_help() -> None:
+    result = nanoflow()
+    assert "serve" in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["serve", "m", "--prot", "1"],
+        ["serve", "m", "--port", "70000"],
+        ["serve", "m", "--generation-config", "x"],
+        ["serve", "m", "--max-model-len", "many"],
+        ["generate", "m"],
+        ["tune"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    result = nanoflow(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "--help" in result.stderr
+
+
+def test_busy_port_is_said_before_the_model_is_loaded() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        start = time.perf_counter()
+        result = nanoflow("serve", "/no/such/model", "--port", str(port))
+        seconds = time.perf_counter() - start
+    line = only_error_line(result)
+    assert f"port {port} on 127.0.0.1 is already in use" in line
+    assert "--port" in line
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])
+def test_impossible_host(host: str) -> None:
+    line = only_error_line(nanoflow("serve", "m", "--host", host))
+    assert "--host" in line
+
+
+@pytest.mark.parametrize("command", [["serve"], ["generate"]])
+def test_missing_model_is_one_line(command: list[str]) -> None:
+    arguments = ["/no/such/model"]
+    arguments += ["--port", "0"] if command == ["serve"] else ["x"]
+    assert "/no/such/model" in only_error_line(nanoflow(*command, *arguments))
+
+
+def test_corrupt_weights_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((Path(DEMO_MODEL) / name).read_bytes())
+    weights = (Path(DEMO_MODEL) / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    result = nanoflow("serve", str(tmp_path), "--port", "0")
+    assert "model.safetensors" in only_error_line(result)
+    assert "Ready on" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--dtype", "int3"), ("--device", "abacus"), ("--load-format", "x")]
+)
+def test_wrong_values_are_one_line(option: str, value: str) -> None:
+    line = only_error_line(nanoflow("serve", DEMO_MODEL, "--port", "0", option, value))
+    assert value in line
+
+
+def test_version() -> None:
+    assert nanoflow("version").stdout.strip() == "0.1.0"
+
+
+def test_env_as_json() -> None:
+    result = nanoflow("env", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["system"]["python"].startswith("3.")
+    assert report["packages"]["torch"]
+    assert report["cpu"]["cores"] >= 1
+    assert report["cpu"]["memory_gib"] > 0
+    assert "cpu" in report["torch"]["devices"]
+    native = report["extensions"]["nf_kernels"]
+    assert native["available"] in (True, False)
+    assert native["available"] or native["reason"]
+
+
+def test_env_as_text_has_every_section() -> None:
+    result = nanoflow("env")
+    for section in ("system", "packages", "cpu", "torch", "extensions"):
+        assert f"\n{section}\n" in "\n" + result.stdout
+    assert "nf-kernels" in result.stdout
+
+
+def test_generate_prints_text_to_stdout_and_speed_to_stderr() -> None:
+    arguments = ["generate", DEMO_MODEL, "def fibonacci(n):", "--max-tokens", "24"]
+    result = nanoflow(*arguments, "--temperature", "0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert "tokens/s" in result.stderr.splitlines()[-1]
+    assert "tokens/s" not in result.stdout
+    as_json = nanoflow(*arguments, "--temperature", "0", "--json")
+    answer = json.loads(as_json.stdout)
+    assert answer["text"] + "\n" == result.stdout
+    assert answer["completion_tokens"] == 24
+    assert answer["finish_reason"] == "length"
+
+
+def test_generate_chat_from_stdin() -> None:
+    result = nanoflow("generate", DEMO_MODEL, "-", "--chat", "--max-tokens", "4", input="x = 1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_generate_with_a_bad_parameter_is_one_line_and_early() -> None:
+    start = time.perf_counter()
+    line = only_error_line(nanoflow("generate", DEMO_MODEL, "x", "--temperature", "-1"))
+    assert "temperature" in line
+    assert time.perf_counter() - start < 5

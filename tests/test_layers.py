@@ -1,0 +1,38 @@
+"""The core is torch-free: planning and scheduling import where torch cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK_TORCH = """
+import importlib, sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers"}:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+importlib.import_module(sys.argv[1])
+"""
+
+
+def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK_TORCH, module], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("module", ["nf_scheduler", "nf_runtime", "nf_runtime.graph"])
+def test_imports_with_torch_blocked(module: str) -> None:
+    result = import_without_torch(module)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_block_blocks() -> None:
+    result = import_without_torch("nf_kvcache")
+    assert result.returncode != 0
+    assert "torch is blocked" in result.stderr
