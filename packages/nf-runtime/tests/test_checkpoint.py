@@ -67,7 +67,7 @@ def split(path: Path, count: int) -> None:
     """Turn a single file into shards, dealing the tensors out in turn."""
     tensors = load_file(path / WEIGHTS)
     (path / WEIGHTS).unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(count):
         name = f"model-{shard + 1:05}-of-{count:05}.safetensors"
         part = {key: tensors[key] for key in list(tensors)[shard::count]}

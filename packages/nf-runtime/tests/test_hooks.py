@@ -85,7 +85,11 @@ def test_hooks_get_every_edge(llm: LLM) -> None:
 
 def test_a_hook_can_change_what_comes_out(llm: LLM) -> None:
     plain = generate(llm)
-    llm.engine.executor.after_layer.append(lambda layer, edges: edges["hidden"].neg_())
+
+    def negate(layer: int, edges: Mapping[str, Tensor]) -> None:
+        edges["hidden"].neg_()
+
+    llm.engine.executor.after_layer.append(negate)
     assert generate(llm) != plain
 
 

@@ -82,7 +82,9 @@ def test_a_prompt_in_every_form(llm: LLM) -> None:
     answer = together[0].outputs[0]
     assert answer.text == llm.tokenizer.decode([*ids, *tokens])[len(text) :].rstrip("\ufffd")
     assert answer.finish_reason == "length"
-    assert answer.stop_reason is answer.logprobs is answer.cumulative_logprob is None
+    assert answer.stop_reason is None
+    assert answer.logprobs is None
+    assert answer.cumulative_logprob is None
     assert answer.ledger is not None
     assert answer.ledger.output_tokens == len(tokens) == 8
 

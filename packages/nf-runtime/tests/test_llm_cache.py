@@ -77,7 +77,7 @@ def test_preemption_changes_no_token(
     generator = np.random.default_rng(3)
     prompts = [generator.integers(0, VOCAB_SIZE, n).tolist() for n in range(20, 60, 4)]
     params = SamplingParams(max_tokens=50, logprobs=1, repetition_penalty=1.1, **fields)
-    options = {"max_model_len": 128, "enable_prefix_caching": prefix_caching}
+    options: dict[str, Any] = {"max_model_len": 128, "enable_prefix_caching": prefix_caching}
     large = load(tiny_checkpoint, **options)
     small = load(tiny_checkpoint, kv_cache_tokens=160, **options)
     assert tokens_of(small, prompts, params) == tokens_of(large, prompts, params)

@@ -37,7 +37,8 @@ def oracle(checkpoint: Path) -> Callable[[list[int]], torch.Tensor]:
 
     @torch.inference_mode()
     def logits(tokens: list[int]) -> torch.Tensor:
-        return model(torch.tensor([tokens])).logits[0].float()
+        result: torch.Tensor = model(torch.tensor([tokens])).logits[0].float()
+        return result
 
     return logits
 
@@ -66,7 +67,7 @@ def assert_row(row: dict[int, Logprob], token: int, expected: torch.Tensor, coun
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_logprobs(llm: LLM, oracle: Oracle, count: int, temperature: float) -> None:
     """Those of the model itself, whatever the sampling makes of them."""
-    fields = {"logprobs": count, "temperature": temperature, "seed": 3, "top_k": 50}
+    fields: dict[str, Any] = {"logprobs": count, "temperature": temperature, "seed": 3, "top_k": 50}
     (answer,) = generate(llm, **fields, logit_bias={7: 50}, presence_penalty=1.0).outputs
     expected = oracle(PROMPT + answer.token_ids).log_softmax(-1)[len(PROMPT) - 1 : -1]
     assert answer.logprobs is not None

@@ -110,7 +110,7 @@ def test_what_cannot_be_run_is_refused(
         read(tmp_path, **values)
 
 
-WRONG = (None, "x", -1, 0, 1.5, True, [], ["x"], {}, {"a": None})
+WRONG: tuple[Any, ...] = (None, "x", -1, 0, 1.5, True, [], ["x"], {}, {"a": None})
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -28,8 +28,8 @@ INTEGERS = {
     "logprobs": (-1, 21),
     "prompt_logprobs": (-1, 21),
 }
-NOT_NUMBERS = (NAN, INF, -INF, True, False, "1", [1], {}, HUGE, -HUGE)
-NOT_INTEGERS = (1.0, NAN, True, "1", [1], {})
+NOT_NUMBERS: tuple[Any, ...] = (NAN, INF, -INF, True, False, "1", [1], {}, HUGE, -HUGE)
+NOT_INTEGERS: tuple[Any, ...] = (1.0, NAN, True, "1", [1], {})
 OTHERS: dict[str, tuple[Any, ...]] = {
     "stop": ("", ["a", ""], ["x"] * (MAX_STOP_STRINGS + 1), [1], 5, {"a": 1}, b"a", [None]),
     "stop_token_ids": ([-1], [1.0], ["1"], [True], 5, "12", {1: 2}, 0),
@@ -68,7 +68,7 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_tokens", "n"])
 def test_none_is_no_number(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=name):
-        SamplingParams(**{name: None})
+        SamplingParams(**{name: None})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_stop_strings_is_a_list_in_every_spelling() -> None:
 
 def test_fields_are_named_not_counted() -> None:
     with pytest.raises(TypeError):
-        SamplingParams(0.5)  # type: ignore[misc]
+        SamplingParams(0.5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="temperatur"):
         SamplingParams(temperatur=0.5)  # type: ignore[call-arg]
 

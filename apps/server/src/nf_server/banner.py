@@ -30,8 +30,9 @@ def ready_text(
         total_seconds: The whole start; phases of the two processes overlap in it.
     """
     tokens = info.num_pages * info.page_size
+    names = ", ".join(name for name in settings.model_names if name != info.model)
     lines = [
-        f"NanoFlow {__version__} serves {', '.join(settings.model_names)} ({info.model})",
+        f"NanoFlow {__version__} serves {info.model}" + (f" as {names}" if names else ""),
         f"  {info.dtype} on {info.device}, context {info.max_model_len} tokens, "
         f"KV cache {tokens} tokens in {info.num_pages} pages",
         "",

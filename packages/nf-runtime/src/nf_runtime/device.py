@@ -12,7 +12,7 @@ from nf_runtime.model_config import ModelConfig
 _CPU_SHARE = 0.1
 _CUDA_SHARE = 0.85
 
-# oneDNN compiles a kernel for every number of rows it meets. It keeps 1024 of them, up to 1 MB each,
+# oneDNN compiles a kernel for every number of rows it meets. It keeps 1024, up to 1 MB each,
 # and torch, calling it, keeps as many again.
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _CACHED_KERNELS = 128

@@ -60,7 +60,7 @@ class EngineProcess:
         engine = Engine(config)
         info = asdict(engine.info)
         info["startup_seconds"] = {"import": imported} | info["startup_seconds"]
-        # What is loaded stays: looking through it at every collection would stop the loop for 0.1 s.
+        # What is loaded stays: looking through it at every collection would stop the loop.
         gc.collect()
         gc.freeze()
         self._outgoing.put({"ready": info})
