@@ -13,8 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def outer_environment() -> dict[str, str]:
+    """The environment without what `make test` itself adds for the makes below it."""
+    inherited = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    return {k: v for k, v in os.environ.items() if k not in inherited}
+
+
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+    env = outer_environment()
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=ROOT,
@@ -55,7 +61,7 @@ def test_uv_looks_where_pip_is_told_to_find_wheels(
 ) -> None:
     probe = tmp_path / "probe.mk"
     probe.write_text(f'include {ROOT}/Makefile\nprobe:\n\t@echo "$$UV_FIND_LINKS"\n', "utf-8")
-    env = {k: v for k, v in os.environ.items() if not k.endswith("FIND_LINKS")}
+    env = {k: v for k, v in outer_environment().items() if not k.endswith("FIND_LINKS")}
     result = subprocess.run(
         ["make", "-f", str(probe), "probe"],
         cwd=ROOT,

@@ -1,5 +1,7 @@
 """Text comes out of tokens whole: no half characters, and never a part of a stop string."""
 
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,3 +161,26 @@ def test_nothing_stops_before_the_minimum() -> None:
     assert [answer.push(t) for t in tokens[2:]] == ["a", ""]
     assert answer.stopped_by == "b"
     assert answer.text == "aba"
+
+
+def test_encoding_holds_up_no_other_thread() -> None:
+    """A long prompt is encoded beside the event loop; it must not stop it."""
+    text = "x = 1\n" * 200_000
+    pauses = [0.0]
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            started = time.monotonic()
+            time.sleep(0.001)
+            pauses.append(time.monotonic() - started)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.monotonic()
+    ids = encode(text)
+    took = time.monotonic() - started
+    done.set()
+    thread.join()
+    assert max(pauses) < took / 2
+    assert TOKENIZER.decode(ids) == text
