@@ -10,6 +10,7 @@ interrupted at any time; the same command continues from the last checkpoint.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for flag, default, meaning in (
-        ("--max-minutes", 40.0, "CPU time per thread, all sittings together"),
+        ("--max-minutes", 40.0, "training time, all sittings together, as CPU time per thread"),
         ("--save-every", 2.0, "the same between two checkpoints"),
         ("--threads", torch.get_num_threads(), "CPU threads to use"),
     ):
@@ -42,8 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     for flag in ("max_minutes", "save_every", "threads"):
         value = getattr(arguments, flag)
-        if not value > 0:
-            parser.error(f"--{flag.replace('_', '-')} must be above 0, got {value}")
+        if not 0 < value < math.inf:
+            parser.error(f"--{flag.replace('_', '-')} must be above 0 and finite, got {value}")
     return arguments
 
 
@@ -57,7 +58,8 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    if not training.run(arguments.max_minutes * 60, arguments.save_every * 60):
+    cpu_seconds = 60 * arguments.threads  # in a minute
+    if not training.run(arguments.max_minutes * cpu_seconds, arguments.save_every * cpu_seconds):
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     folder: Path = arguments.output_dir

@@ -15,6 +15,7 @@ from demo_model.training import Training, loss_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -38,8 +39,13 @@ def export(training: Training, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     model: Any = training.recipe.build_model()
     model.load_state_dict(training.model.state_dict())
-    model.generation_config.update(
-        pad_token_id=END_OF_TEXT_ID, do_sample=True, temperature=0.4, top_p=0.95
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=END_OF_TEXT_ID,
+        do_sample=True,
+        temperature=0.4,
+        top_p=0.95,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "README.md").write_text(model_card(training, folder), encoding="utf-8")
@@ -63,10 +69,10 @@ def model_card(training: Training, folder: Path) -> str:
         megabytes=[lengths[side].sum() / 1e6 for side in sides],
         tokens=[len(side) for side in sides],
         steps=training.steps,
-        minutes=training.seconds / 60,
+        cpu_minutes=training.cpu_seconds / 60,
+        wall_minutes=training.wall_seconds / 60,
         trained=trained / 1e6,
         epochs=trained / len(training.train),
-        threads=training.threads,
         torch=torch.__version__.partition("+")[0],
         precision="bf16 autocast" if training.bf16 else "fp32",
         rows=loss_rows(training, model),

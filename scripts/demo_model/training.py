@@ -98,8 +98,8 @@ class Training:
 
     def __init__(self, recipe: Recipe, checkpoint: Path) -> None:
         self.recipe = recipe
-        self.threads = torch.get_num_threads()
-        self.steps, self.seconds, self.loss = 0, 0.0, math.nan
+        self.steps, self.loss = 0, math.nan
+        self.cpu_seconds, self.wall_seconds = 0.0, 0.0
         self._checkpoint = checkpoint
         texts = read_texts()
         self._identity = {**asdict(recipe), "texts": texts.digest()}
@@ -125,7 +125,8 @@ class Training:
             "identity": self._identity,
             "tokenizer": self.tokenizer.to_str(),
             "steps": self.steps,
-            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "wall_seconds": self.wall_seconds,
             "loss": self.loss,
             "data": (self._sampler.epoch, self._sampler.cursor),
         }
@@ -153,40 +154,48 @@ class Training:
                     moments[moment] = file.get_tensor(key)
         self._optimizer.load_state_dict(optimizer)
         self.tokenizer = Tokenizer.from_str(state["tokenizer"])
-        self.steps, self.seconds, self.loss = state["steps"], state["seconds"], state["loss"]
+        self.steps, self.loss = state["steps"], state["loss"]
+        self.cpu_seconds, self.wall_seconds = state["cpu_seconds"], state["wall_seconds"]
         print(f"continuing after {self.steps} steps", file=sys.stderr)
         epoch, cursor = state["data"]
         return epoch, cursor
 
     def run(self, budget: float, save_every: float) -> bool:
-        """Train until ``budget`` seconds are spent, all sittings together; False if interrupted.
+        """Train until ``budget`` seconds of CPU time are spent, all sittings together.
 
-        What counts is CPU time per thread: wall time on a machine that does nothing else, while
-        time taken by other work is not lost.
+        CPU time is wall time by threads on a machine that does nothing else, and what other work
+        takes is not lost.
+
+        Args:
+            budget: CPU seconds, summed over threads.
+            save_every: CPU seconds between two checkpoints.
+
+        Returns:
+            Whether the budget is spent; False after an interrupt, which leaves a checkpoint.
         """
         interrupts: list[int] = []  # heeded between two steps, so that none is cut in half
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _frame: interrupts.append(received))
-        saved_at = self.seconds
+        saved_at = self.cpu_seconds
         layout = "{percentage:3.0f}% |{bar:24}| {elapsed}, left {remaining}{postfix}"
-        with tqdm(total=budget, initial=min(self.seconds, budget), bar_format=layout) as bar:
-            while self.seconds < budget and not interrupts:
-                started = time.process_time()
-                self._step(self.seconds / budget)
-                spent = (time.process_time() - started) / self.threads
-                self.seconds += spent
+        with tqdm(total=budget, initial=min(saved_at, budget), bar_format=layout) as bar:
+            while self.cpu_seconds < budget and not interrupts:
+                cpu, wall = time.process_time(), time.monotonic()
+                self._step(self.cpu_seconds / budget)
+                self.cpu_seconds += time.process_time() - cpu
+                self.wall_seconds += time.monotonic() - wall
                 bar.set_postfix_str(
                     f"step {self.steps}, epoch {self._sampler.epoch}, loss {self.loss:.3f}",
                     refresh=False,
                 )
-                bar.update(min(spent, budget - bar.n))
-                if self.seconds - saved_at >= save_every:
+                bar.update(min(self.cpu_seconds, budget) - bar.n)
+                if self.cpu_seconds - saved_at >= save_every:
                     self.save()
-                    saved_at = self.seconds
+                    saved_at = self.cpu_seconds
         self.save()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return not interrupts
+        return self.cpu_seconds >= budget
 
     def _step(self, progress: float) -> None:
         """Do one step at a share of the time budget; ``loss`` is a running mean."""

@@ -204,15 +204,19 @@ class AsyncEngine:
             tokenizer_path = await asyncio.to_thread(find_model, config.tokenizer)
         ours, theirs = socket.socketpair()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "nf_runtime.engine_process",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "nf_runtime.engine_process",
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                )
+            except BaseException:
+                writer.close()
+                raise
         engine = cls(config, process, reader, writer)
         engine._send({"config": config.to_dict()})
         try:
