@@ -7,8 +7,7 @@ import pytest
 from nf_kernels.cost import CATEGORIES, Category
 from nf_runtime.graph import Edge, LayerGraph, Operation, Rows
 from nf_runtime.model_config import ConfigReader, ModelConfig
-from nf_runtime.models import FAMILIES, decoder_graph, layer_weights, model_weights
-from nf_runtime.models.blocks import Family
+from nf_runtime.models import FAMILIES, Family, decoder_graph, layer_weights, model_weights
 
 EDGES = {name: Edge(name, 8) for name in ("x", "y")}
 MAKE_X = Operation("make_x", "embedding", writes={"out": "x"})

@@ -5,7 +5,9 @@ from pathlib import Path
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.model_config import ConfigReader, ModelConfig, read_json
 from nf_runtime.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
-from nf_runtime.models.blocks import Family, WeightSpec, decoder_graph, layer_weights, model_weights
+from nf_runtime.models.decoder_graph import decoder_graph
+from nf_runtime.models.family import Family
+from nf_runtime.models.weight_specs import WeightSpec, layer_weights, model_weights
 
 FAMILIES: dict[str, Family] = {
     architecture: module.FAMILY

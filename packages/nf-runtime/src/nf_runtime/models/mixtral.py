@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from nf_runtime.models.blocks import ExpertNames, Family, read_decoder_config
+from nf_runtime.models.family import ExpertNames, Family, read_decoder_config
 
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from nf_runtime.models.blocks import Family, read_decoder_config
+from nf_runtime.models.family import Family, read_decoder_config
 
 FAMILY = Family(
     architectures=("Qwen2ForCausalLM",),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nf_runtime.model_config import ConfigReader, ModelConfig
-from nf_runtime.models.blocks import ExpertNames, Family, read_decoder_config
+from nf_runtime.models.family import ExpertNames, Family, read_decoder_config
 
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
 
