@@ -17,7 +17,6 @@ class TextStream:
     Text that may be the beginning of a stop string is held back until that is decided.
 
     Attributes:
-        text: All text given out so far.
         stopped_by: The stop string that was found, or None.
     """
 
@@ -30,7 +29,6 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        self.text = ""
         self.stopped_by: str | None = None
         self._backend = tokenizer.backend
         self._skip_special_tokens = skip_special_tokens
@@ -48,7 +46,6 @@ class TextStream:
         """
         piece = self._decode(token_id)
         if not self._stop:
-            self.text += piece
             return piece
         if not check_stop:
             return self._give(self._held + piece)
@@ -96,5 +93,4 @@ class TextStream:
 
     def _give(self, text: str) -> str:
         self._held = ""
-        self.text += text
         return text
