@@ -243,9 +243,9 @@ def test_options_are_those_of_the_engine(tiny_checkpoint: MakeCheckpoint) -> Non
         LLM(path, skip_tokenizer_init=True, tensor_parallel=2)
     with pytest.raises(NanoFlowError, match="max_model_len is 257; the model was made for"):
         LLM(path, skip_tokenizer_init=True, max_model_len=257)
-    with pytest.raises(NanoFlowError, match="room for 32 tokens, less than one sequence of 64"):
+    with pytest.raises(NanoFlowError, match="has 2 pages of 16 tokens.*sequence of 64"):
         LLM(path, skip_tokenizer_init=True, max_model_len=64, kv_cache_tokens=32)
-    with pytest.raises(NanoFlowError, match="room for 15 tokens"):
+    with pytest.raises(NanoFlowError, match="has 0 pages of 16 tokens"):
         LLM(path, skip_tokenizer_init=True, kv_cache_tokens=15)
     small = LLM(path, skip_tokenizer_init=True, kv_cache_tokens=40)  # with a warning
     assert small.engine.info.max_model_len == 32
@@ -284,3 +284,22 @@ def test_an_interrupted_call_leaves_nothing_behind(
         hooks.remove(interrupt)
     assert_clean(llm)
     assert tokens_of(llm, prompts) == tokens_of(uncached, prompts)
+
+
+def test_the_default_cache_holds_every_sequence_in_whole_pages(
+    tiny_checkpoint: MakeCheckpoint,
+) -> None:
+    path = str(tiny_checkpoint("llama3"))
+    llm = LLM(path, skip_tokenizer_init=True, max_model_len=100, max_num_seqs=1)
+    assert (llm.engine.info.max_model_len, llm.engine.info.num_pages) == (100, 7)
+    assert llm.engine.stats.iterations == 0  # the warm-up does not count
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"device": "auto:1"}, {"device": "cpu:x"}, {"max_num_seqs": "4"}, {"page_size": 2.5}],
+    ids=str,
+)
+def test_an_option_of_the_wrong_kind_is_named(option: dict[str, object]) -> None:
+    with pytest.raises(NanoFlowError, match=next(iter(option))):
+        LLM("anywhere", skip_tokenizer_init=True, **option)

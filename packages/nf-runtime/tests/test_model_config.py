@@ -12,6 +12,7 @@ from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import FAMILIES, decoder_graph, layer_weights, model_weights, read_config
 from nf_runtime.rope import cos_sin_table
 
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 100,
@@ -99,8 +100,11 @@ def test_a_missing_size_is_named(tmp_path: Path, name: str) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
         ({"rope_scaling": [1]}, "rope_scaling is"),
-        ({"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types is"),
-        ({"sliding_window": 8, "layer_types": ["linear_attention"] * 4}, "layer_types is"),
+        (MISTRAL | {"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types is"),
+        (
+            MISTRAL | {"sliding_window": 8, "layer_types": ["linear_attention"] * 4},
+            "layer_types is",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused(
@@ -239,3 +243,46 @@ def test_which_layers_have_experts(tmp_path: Path) -> None:
     assert read(tmp_path, **moe, decoder_sparse_step=2).sparse_layers == {1, 3}
     assert read(tmp_path, **moe, mlp_only_layers=[1, 2]).sparse_layers == {0, 3}
     assert read(tmp_path).sparse_layers == set()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "expected"),
+    [
+        ("LlamaForCausalLM", {"sliding_window": 8}, 0),
+        ("MistralForCausalLM", {}, 4096),
+        ("MistralForCausalLM", {"sliding_window": None}, 0),
+        ("Qwen2ForCausalLM", {"sliding_window": 8}, 0),
+        ("Qwen2ForCausalLM", {"sliding_window": 8, "use_sliding_window": False}, 0),
+        (
+            "Qwen2ForCausalLM",
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+            8,
+        ),
+        ("Qwen3ForCausalLM", {"sliding_window": 8, "use_sliding_window": True}, 0),
+    ],
+)
+def test_which_layers_have_a_window(
+    architecture: str, keys: dict[str, object], expected: int, tmp_path: Path
+) -> None:
+    """The defaults of transformers, for keys that a config leaves out."""
+    values = {
+        "architectures": [architecture],
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values | keys))
+    assert read_config(tmp_path).windows == (expected, expected)
+    theirs = transformers.AutoConfig.for_model(
+        {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}[
+            architecture.removesuffix("ForCausalLM")
+        ],
+        **(values | keys),
+    )
+    if architecture != "LlamaForCausalLM":  # which keeps the key, and does not look at it
+        types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 2
+        windows = [(theirs.sliding_window or 0) if "sliding" in t else 0 for t in types]
+        assert windows == [expected, expected]

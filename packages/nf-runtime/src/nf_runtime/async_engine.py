@@ -208,6 +208,7 @@ class AsyncEngine:
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
+                    "-P",  # not from the current directory, which may hold anybody's files
                     "-m",
                     "nf_runtime.engine_process",
                     str(theirs.fileno()),
@@ -227,13 +228,16 @@ class AsyncEngine:
             engine.info = info_from_json(ready)
             generation = path / "generation_config.json"
             values = read_json(generation) if generation.exists() else {}
+            defaults = {n: values[n] for n in _DEFAULTS if values.get(n) is not None}
+            try:
+                SamplingParams(**defaults)
+            except InvalidRequestError as error:
+                raise ModelLoadError(f"{generation}: {error}") from error
         except BaseException:
             engine._kill()  # it may be in the middle of loading
             await engine.shutdown()
             raise
-        engine.generation_defaults = {
-            name: values[name] for name in _DEFAULTS if values.get(name) is not None
-        }
+        engine.generation_defaults = defaults
         return engine
 
     @property

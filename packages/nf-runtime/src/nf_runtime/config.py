@@ -1,5 +1,6 @@
 """How an engine is set up."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -7,7 +8,9 @@ from nf_runtime.errors import NanoFlowError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-DEVICES = ("auto", "cpu", "cuda")
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_OPTIONAL = ("max_model_len", "max_prefill_chunk", "kv_cache_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,7 @@ class EngineConfig:
         max_num_batched_tokens: New tokens of one iteration.
         max_prefill_chunk: New tokens of one request in one iteration; None takes
             `max_num_batched_tokens`.
-        kv_cache_tokens: Token slots of the KV cache; None sizes it by free memory.
+        kv_cache_tokens: Token slots of the KV cache; None takes a share of the memory there is.
         page_size: Token slots of a page.
         enable_prefix_caching: Reuse the KV of prompts that begin alike.
         native_kernels: False runs every operation in plain torch.
@@ -56,11 +59,14 @@ class EngineConfig:
         choices = {
             "dtype": (self.dtype, DTYPES),
             "load_format": (self.load_format, LOAD_FORMATS),
-            "device": (self.device.partition(":")[0], DEVICES),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise NanoFlowError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise NanoFlowError(
+                f"device is {self.device!r}; expected auto, cpu, cuda, or cuda: and a number"
+            )
         for name in (
             "max_model_len",
             "max_num_seqs",
@@ -70,8 +76,10 @@ class EngineConfig:
             "page_size",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise NanoFlowError(f"{name} is {value}; expected a positive integer")
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise NanoFlowError(f"{name} is {value!r}; expected a positive integer")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""

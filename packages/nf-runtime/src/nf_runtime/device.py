@@ -1,6 +1,7 @@
 """Choosing the device, the dtype, and the memory for the KV cache."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from nf_runtime.model_config import ModelConfig
 # theirs, and the operating system takes no memory back from a full pool.
 _CPU_SHARE = 0.1
 _CUDA_SHARE = 0.85
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 # oneDNN compiles a kernel for every number of rows it meets. It keeps 1024, up to 1 MB each,
 # and torch, calling it, keeps as many again.
@@ -36,6 +38,10 @@ def pick_device(name: str) -> torch.device:
     for variable in _KERNEL_CACHES:  # read when the first kernel runs; what the user has set stays
         os.environ.setdefault(variable, str(_CACHED_KERNELS))
     device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ModelLoadError(
+            f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
@@ -61,4 +67,8 @@ def kv_cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # A container may be allowed less than the machine has.
+    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()).isdecimal():
+        memory = min(memory, int(limit))
+    return int(memory * _CPU_SHARE)

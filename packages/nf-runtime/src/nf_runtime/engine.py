@@ -244,6 +244,8 @@ class Engine:
         )
         while self.has_work:
             self.step()
+        self._iterations, self._iteration_tokens = 0, 0
+        self._busy_seconds, self._last_step_time = 0.0, 0.0
 
 
 def _plan_cache(
@@ -255,21 +257,23 @@ def _plan_cache(
         raise ModelLoadError(
             f"max_model_len is {wanted_len}; the model was made for at most {model.max_position}"
         )
-    tokens = config.kv_cache_tokens
-    if tokens is None:
+    if config.kv_cache_tokens is not None:
+        num_pages = config.kv_cache_tokens // config.page_size
+    else:
         per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-        tokens = min(kv_cache_bytes(device) // per_token, config.max_num_seqs * wanted_len)
-    num_pages = tokens // config.page_size
-    if num_pages * config.page_size >= wanted_len:
+        affordable = kv_cache_bytes(device) // (per_token * config.page_size)
+        num_pages = min(affordable, config.max_num_seqs * -(-wanted_len // config.page_size))
+    room = num_pages * config.page_size
+    if room >= wanted_len:
         return wanted_len, num_pages
     if config.max_model_len is not None or num_pages < 1:
         raise ModelLoadError(
-            f"the KV cache has room for {tokens} tokens, less than one sequence of {wanted_len}; "
-            f"lower max_model_len or raise kv_cache_tokens"
+            f"the KV cache has {num_pages} pages of {config.page_size} tokens, less than one "
+            f"sequence of {wanted_len}; lower max_model_len or raise kv_cache_tokens"
         )
     _log.warning(
         "max_model_len is %d, not the model's %d: the KV cache has room for no more",
-        num_pages * config.page_size,
+        room,
         wanted_len,
     )
-    return num_pages * config.page_size, num_pages
+    return room, num_pages

@@ -23,8 +23,6 @@ from nf_runtime.engine_types import EngineStats, TokenOutput
 from nf_runtime.errors import NanoFlowError
 from nf_runtime.messages import HEADER, output_to_json, pack, request_from_json, stats_to_json
 
-_log = logging.getLogger(__name__)
-
 
 class EngineProcess:
     """Runs the engine loop; a thread reads the socket, another writes it.
@@ -98,18 +96,22 @@ class EngineProcess:
                 while len(header := stream.read(HEADER.size)) == HEADER.size:
                     body = stream.read(*HEADER.unpack(header))
                     self._commands.put(json.loads(body))
+        except Exception:
+            traceback.print_exc()
         finally:
             # The parent is gone, if in the middle of a message: there is nobody to clean up for.
             os._exit(1)
 
     def _write(self) -> None:
-        while (item := self._outgoing.get()) is not None:
-            if isinstance(item, _Iteration):
-                item = item.to_json()
-            try:
-                self._connection.sendall(pack(item))
-            except OSError:
-                os._exit(1)
+        try:
+            while (item := self._outgoing.get()) is not None:
+                message = item.to_json() if isinstance(item, _Iteration) else item
+                self._connection.sendall(pack(message))
+        except OSError:  # the parent is gone
+            os._exit(1)
+        except Exception:  # without a writer the loop would compute for nobody
+            traceback.print_exc()
+            os._exit(1)
 
 
 class _Iteration:

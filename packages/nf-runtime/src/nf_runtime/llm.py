@@ -12,6 +12,7 @@ from nf_runtime.config import EngineConfig
 from nf_runtime.engine import Engine
 from nf_runtime.engine_types import EngineRequest, TokenOutput
 from nf_runtime.errors import InvalidRequestError, NanoFlowError
+from nf_runtime.interrupts import interrupts_held_back
 from nf_runtime.model_source import find_model
 from nf_runtime.outputs import CompletionOutput, RequestOutput
 from nf_runtime.sampling_params import SamplingParams
@@ -169,7 +170,10 @@ class LLM:
         engine = self.engine
         waiting: dict[str, tuple[_Work, Choice]] = {}
         total = sum(item.params.n for item in work)
-        with tqdm(total=total, disable=None if use_tqdm else True, unit="answer") as bar:
+        with (
+            interrupts_held_back() as raise_interrupt,
+            tqdm(total=total, disable=None if use_tqdm else True, unit="answer") as bar,
+        ):
             try:
                 for item in work:
                     seeds = choice_seeds(item.params, self._seed, item.number)
@@ -180,6 +184,7 @@ class LLM:
                             EngineRequest(name, item.output.prompt_token_ids, item.params, seed)
                         )
                 while engine.has_work:
+                    raise_interrupt()
                     for output in engine.step():
                         item, choice = waiting[output.request_id]
                         if self._take(item, choice, output):

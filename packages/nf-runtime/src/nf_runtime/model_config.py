@@ -168,17 +168,34 @@ def read_rope(reader: ConfigReader, default_theta: float) -> RopeConfig:
     )
 
 
-def read_windows(reader: ConfigReader, num_layers: int, *, default: int | None) -> tuple[int, ...]:
-    """Sliding window of each layer: `layer_types`, or `sliding_window` for all of them."""
+@dataclass(frozen=True, slots=True)
+class WindowRule:
+    """How a family's config says which layers have a sliding window.
+
+    Attributes:
+        default: Window where `sliding_window` is missing; None means no window.
+        switched: There is no window without `use_sliding_window`.
+        full_layers: Default of `max_window_layers`, the first layers that have none.
+    """
+
+    default: int | None = None
+    switched: bool = False
+    full_layers: int = 0
+
+
+def read_windows(reader: ConfigReader, num_layers: int, rule: WindowRule | None) -> tuple[int, ...]:
+    """Sliding window of each layer, 0 for none; all 0 for a family without a rule."""
     values = reader.values
-    window = values.get("sliding_window", default)
-    if not values.get("use_sliding_window", True) or not window:
+    off = rule is not None and rule.switched and not reader.flag("use_sliding_window", False)
+    if rule is None or off or not values.get("sliding_window", rule.default):
         return (0,) * num_layers
-    window = reader.integer("sliding_window", default)
+    window = reader.integer("sliding_window", rule.default)
     types = values.get("layer_types")
     if types is None:
-        uses_full = values.get("use_sliding_window") and values.get("max_window_layers")
-        full = reader.integer("max_window_layers") if uses_full else 0
+        full = rule.full_layers
+        if full:
+            given = values.get("max_window_layers")
+            full = 0 if given == 0 else reader.integer("max_window_layers", full)
         types = ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
     known = ("full_attention", "sliding_attention")
     if (

@@ -16,7 +16,7 @@ class CompletionOutput:
         token_ids: Its tokens, a stop token included.
         cumulative_logprob: Sum over its tokens, when logprobs were wanted.
         logprobs: One dict per token, when wanted: the chosen token first, then the likeliest.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length`, or `abort` after a failed iteration.
         stop_reason: The stop string or stop token id that ended it, if one did.
         ledger: What it went through.
     """

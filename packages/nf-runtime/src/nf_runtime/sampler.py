@@ -89,7 +89,10 @@ class Sampler:
     def remove(self, request_id: str) -> None:
         """Forget a request that has finished."""
         request = self._requests.pop(request_id)
-        # A later request may get the same name and the same slot.
+        self._leave_slot(request_id, request)
+
+    def _leave_slot(self, request_id: str, request: RequestSampling) -> None:
+        """Disown its slot: a later request may get the same name and the same slot."""
         if request.slot >= 0 and self._slot_owner[request.slot] == request_id:
             self._slot_owner[request.slot] = None
 
@@ -189,6 +192,7 @@ class Sampler:
                 continue
             self._slot_owner[slot] = request_id
             request = self._requests[request_id]
+            self._leave_slot(request_id, request)  # after a preemption it may get another one
             request.slot = slot
             params = request.params
             self._temperature[slot] = params.temperature

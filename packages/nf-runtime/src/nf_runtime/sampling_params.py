@@ -22,7 +22,7 @@ class SamplingParams:
         max_tokens: Tokens to generate at most; None means up to the end of the context.
         min_tokens: No end-of-sequence or stop token before this many tokens.
         ignore_eos: Go on after an end-of-sequence token.
-        stop: Text that ends the request; it is not part of the answer.
+        stop: Text that ends the request.
         stop_token_ids: Tokens that end the request.
         seed: The same seed, prompt and parameters give the same tokens, whatever else runs.
         n: How many answers.

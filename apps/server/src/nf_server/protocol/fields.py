@@ -92,9 +92,10 @@ class FieldCheck:
             elif name not in WITHOUT_EFFECT:
                 names.append(name)
         for name in names:
-            if name not in self._logged and len(self._logged) < _MAX_NAMES_LOGGED:
-                self._logged.add(clip(name, _MAX_NAME_CHARS))
-                logger.warning("ignored unknown request field %r", clip(name, _MAX_NAME_CHARS))
+            shown = clip(name, _MAX_NAME_CHARS)
+            if shown not in self._logged and len(self._logged) < _MAX_NAMES_LOGGED:
+                self._logged.add(shown)
+                logger.warning("ignored unknown request field %r", shown)
         return names
 
 

@@ -102,4 +102,4 @@ def prompt_logprobs(
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, _LEAST)
+    return logprob if logprob > _LEAST else _LEAST  # NaN, too, is no JSON

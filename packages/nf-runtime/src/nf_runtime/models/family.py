@@ -10,6 +10,7 @@ from nf_runtime.model_config import (
     ModelConfig,
     read_eos,
     read_rope,
+    WindowRule,
     read_windows,
 )
 
@@ -26,7 +27,7 @@ class ExpertNames:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family: how its config reads, and the graph and weights that follow from it.
+    """A model family: what tells it from the others.
 
     Attributes:
         architectures: Names in config.json's `architectures`.
@@ -47,7 +48,7 @@ def read_decoder_config(
     rope_theta: float = 10000.0,
     rms_norm_eps: float = 1e-6,
     head_dim: int | None = None,
-    sliding_window: int | None = None,
+    window: WindowRule | None = None,
     qkv_bias: bool | None = None,
     output_bias: bool | None = None,
     qk_norm: bool = False,
@@ -65,7 +66,7 @@ def read_decoder_config(
         rope_theta: Default RoPE base.
         rms_norm_eps: Default epsilon of the norms.
         head_dim: Default head size; None means hidden_size / heads.
-        sliding_window: Default window; None means no window.
+        window: How the config tells of sliding windows; None means that there are none.
         qkv_bias: Whether Q, K and V have a bias; None means `attention_bias` says so.
         output_bias: Whether the attention output has one; None means `attention_bias` says so.
         qk_norm: Whether Q and K heads are normalized.
@@ -116,7 +117,7 @@ def read_decoder_config(
         rms_norm_eps=reader.number("rms_norm_eps", rms_norm_eps),
         rope=read_rope(reader, rope_theta),
         max_position=reader.integer("max_position_embeddings", 2048),
-        windows=read_windows(reader, num_layers, default=sliding_window),
+        windows=read_windows(reader, num_layers, window),
         qkv_bias=attention_bias if qkv_bias is None else qkv_bias,
         output_bias=attention_bias if output_bias is None else output_bias,
         mlp_bias=reader.flag("mlp_bias", False),

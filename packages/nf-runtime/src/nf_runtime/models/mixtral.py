@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from nf_runtime.model_config import WindowRule
 from nf_runtime.models.family import ExpertNames, Family, read_decoder_config
 
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
@@ -10,6 +11,7 @@ FAMILY = Family(
     architectures=("MixtralForCausalLM",),
     read_config=partial(
         read_decoder_config,
+        window=WindowRule(),
         rope_theta=1e6,
         rms_norm_eps=1e-5,
         qkv_bias=False,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nf_runtime.model_config import ConfigReader, ModelConfig
+from nf_runtime.model_config import ConfigReader, ModelConfig, WindowRule
 from nf_runtime.models.family import ExpertNames, Family, read_decoder_config
 
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
@@ -13,6 +13,7 @@ def _read_config(reader: ConfigReader, generation: Mapping[str, Any]) -> ModelCo
     return read_decoder_config(
         reader,
         generation,
+        window=WindowRule(switched=True),
         qk_norm=True,
         experts_keys=("num_experts", "num_local_experts"),
         experts_per_token=8,
