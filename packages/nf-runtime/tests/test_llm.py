@@ -243,7 +243,7 @@ def test_options_are_those_of_the_engine(tiny_checkpoint: MakeCheckpoint) -> Non
         LLM(path, skip_tokenizer_init=True, tensor_parallel=2)
     with pytest.raises(NanoFlowError, match="max_model_len is 257; the model was made for"):
         LLM(path, skip_tokenizer_init=True, max_model_len=257)
-    with pytest.raises(NanoFlowError, match="has 2 pages of 16 tokens.*sequence of 64"):
+    with pytest.raises(NanoFlowError, match=r"has 2 pages of 16 tokens.*sequence of 64"):
         LLM(path, skip_tokenizer_init=True, max_model_len=64, kv_cache_tokens=32)
     with pytest.raises(NanoFlowError, match="has 0 pages of 16 tokens"):
         LLM(path, skip_tokenizer_init=True, kv_cache_tokens=15)
