@@ -41,7 +41,7 @@ def test_decode(benchmark: object, demo: LLM, requests: int) -> None:
     prompts = [{"prompt_token_ids": [i + 1] * 8} for i in range(requests)]
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     benchmark.pedantic(
-        lambda: demo.generate(prompts, params, use_tqdm=False), rounds=5, warmup_rounds=1
+        lambda: demo.generate(prompts, params, use_tqdm=False), rounds=9, warmup_rounds=2
     )
 
 
@@ -50,7 +50,7 @@ def test_sampled_decode(benchmark: object, demo: LLM) -> None:
     prompts = [{"prompt_token_ids": [i + 1] * 8} for i in range(32)]
     params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=32, ignore_eos=True)
     benchmark.pedantic(
-        lambda: demo.generate(prompts, params, use_tqdm=False), rounds=5, warmup_rounds=1
+        lambda: demo.generate(prompts, params, use_tqdm=False), rounds=9, warmup_rounds=2
     )
 
 
@@ -58,7 +58,7 @@ def test_prefill(benchmark: object, demo: LLM) -> None:
     prompts = [{"prompt_token_ids": [i + 1] * 512} for i in range(8)]
     params = SamplingParams(temperature=0, max_tokens=1)
     benchmark.pedantic(
-        lambda: demo.generate(prompts, params, use_tqdm=False), rounds=5, warmup_rounds=1
+        lambda: demo.generate(prompts, params, use_tqdm=False), rounds=9, warmup_rounds=2
     )
 
 
@@ -77,4 +77,4 @@ def test_scheduling(benchmark: object) -> None:
             tokens = np.ones(len(batch), dtype=np.int32)
             scheduler.commit(IterationResult(batch.iteration, tokens))
 
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=9, warmup_rounds=2)
