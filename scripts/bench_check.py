@@ -3,9 +3,10 @@
 ``python scripts/bench_check.py RUN.json [RUN.json …] [--baseline FILE] [--update]``, where a
 RUN.json is what ``pytest --benchmark-json`` writes. A time alone says little on a busier machine.
 So every benchmark is divided by the calibration loop measured in the same run (the benchmark whose
-group is ``calibration``), and that ratio is compared. The fastest round of a run counts, of several runs
-the best one in a check and the median one in the baseline: noise only adds time. Ratios differ between kinds of processors: the baseline has a section
-for each, and a processor without one is measured and reported, but not judged.
+group is ``calibration``), and that ratio is compared. The fastest round of a run counts, and of
+several runs the best one in a check, the median one in the baseline: noise only adds time. Ratios
+differ between kinds of processors: the baseline has a section for each, and a processor without one
+is measured and reported, but not judged.
 """
 
 from __future__ import annotations
