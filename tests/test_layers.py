@@ -26,7 +26,20 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["nf_scheduler", "nf_runtime", "nf_runtime.graph"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nf_scheduler",
+        "nf_kernels.cost",
+        "nf_runtime",
+        "nf_runtime.config",
+        "nf_runtime.engine_types",
+        "nf_runtime.graph",
+        "nf_runtime.model_config",
+        "nf_runtime.models",
+        "nf_runtime.sampling_params",
+    ],
+)
 def test_imports_with_torch_blocked(module: str) -> None:
     result = import_without_torch(module)
     assert result.returncode == 0, result.stderr
