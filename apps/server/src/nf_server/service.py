@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from nf_runtime import (
     AsyncEngine,
@@ -28,7 +28,9 @@ from nf_server.sampling import effective_defaults, from_invalid_request
 from nf_server.settings import ServerSettings
 
 LONG_TEXT_CHARS = 8192
-"""Longer texts are tokenised in a thread, so that open streams go on meanwhile."""
+"""Requests with more text are tokenised in a thread, so that open streams go on meanwhile."""
+
+Tokens = TypeVar("Tokens", list[int], list[list[int]])
 
 
 class InferenceService:
@@ -64,14 +66,14 @@ class InferenceService:
             raise model_not_found(name, self.settings.model_names)
         return name
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """`text` as token ids."""
-        tokenizer = self.engine.tokenizer
-        if len(text) <= LONG_TEXT_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenise,
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens),
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Each of `texts` as token ids."""
+        encode = self.engine.tokenizer.encode
+        return await self._tokenising(
+            lambda: [encode(text, add_special_tokens=add_special_tokens) for text in texts],
+            num_chars=sum(map(len, texts)),
         )
 
     async def encode_chat(
@@ -97,11 +99,15 @@ class InferenceService:
             )
 
         try:
-            if sum(len(message["content"] or "") for message in messages) <= LONG_TEXT_CHARS:
-                return apply()
-            return await asyncio.get_running_loop().run_in_executor(self._tokenise, apply)
+            return await self._tokenising(apply, num_chars=len(repr(messages)))
         except InvalidRequestError as error:
             raise from_invalid_request(error) from None
+
+    async def _tokenising(self, work: Callable[[], Tokens], *, num_chars: int) -> Tokens:
+        """Do `work` on `num_chars` characters: here when they are few, else in a thread."""
+        if num_chars <= LONG_TEXT_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenise, work)
 
     def admit(
         self,

@@ -42,9 +42,9 @@ async def create_completion(request: Request) -> Response:
             record.completion_id, "text_completion", service.resolve_model(body.model)
         )
         prompts = parse_prompts(body.prompt, body.num_choices)
-        tokens = [await _tokens(service, prompt, body) for prompt in prompts]
+        tokens = await _tokens(service, body, prompts)
+        shape = _shape(service, body, prompts, tokens)
         generation = service.admit([(t, _params(service, body, t)) for t in tokens], record)
-    shape = _shape(service, body, prompts, tokens)
     if body.stream:
         renderer = CompletionStream(
             head,
@@ -68,11 +68,14 @@ async def _answer(
     return await json_answer(generation, answer, request, headers)
 
 
-async def _tokens(service: InferenceService, prompt: Prompt, body: CompletionRequest) -> list[int]:
-    if prompt.token_ids is not None:
-        return prompt.token_ids
-    special = body.add_special_tokens is not False
-    return await service.encode(prompt.text or "", add_special_tokens=special)
+async def _tokens(
+    service: InferenceService, body: CompletionRequest, prompts: list[Prompt]
+) -> list[list[int]]:
+    texts = [prompt.text for prompt in prompts if prompt.text is not None]
+    encoded = iter(
+        await service.encode(texts, add_special_tokens=body.add_special_tokens is not False)
+    )
+    return [next(encoded) if p.token_ids is None else p.token_ids for p in prompts]
 
 
 def _params(
