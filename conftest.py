@@ -1,8 +1,17 @@
-"""For every test of the repository: what needs a CUDA device is skipped where there is none."""
+"""For every test of the repository: Ctrl+C works, and what needs a CUDA device is skipped without."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+
+
+def pytest_configure() -> None:
+    # A shell starts what it puts into the background with Ctrl+C ignored, and so would every
+    # process that a test starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
