@@ -1,4 +1,4 @@
-"""For every test of the repository: Ctrl+C works, and what needs a CUDA device is skipped without."""
+"""For all tests: Ctrl+C works, and what needs a CUDA device is skipped where there is none."""
 
 from __future__ import annotations
 
