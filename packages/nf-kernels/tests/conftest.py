@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nf_kernels import native_status, ops
+from nf_kernels.native import native_module
 
 SENTINEL = -777.0  # what stands beside an output that is a view; must stay
 
@@ -115,12 +116,21 @@ def paged_case(
     return PagedCase(arguments, filled[0], filled[1], pad)
 
 
-@pytest.fixture(scope="session")
-def native() -> ops.OperationSet:
-    status = native_status()
-    if not status.available:
-        pytest.skip(f"no native kernels: {status.reason}")
-    return ops.load("cpu")
+def _isas() -> list[str]:
+    module = native_module()
+    return ["none"] if module is None else module.usable_isas()
+
+
+@pytest.fixture(scope="session", params=_isas())
+def native(request: pytest.FixtureRequest) -> Iterator[ops.OperationSet]:
+    """The native operations, with each instruction set of this processor."""
+    module = native_module()
+    if module is None:
+        pytest.skip(f"no native kernels: {native_status().reason}")
+    before = module.isa()
+    module.use_isa(request.param)
+    yield ops.load("cpu")
+    module.use_isa(before)
 
 
 # Functions of this file, for tests that cannot import it.

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nf_kernels import num_threads, set_num_threads
+
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**20)
 PADS = st.tuples(*[st.integers(0, 20)] * 2)  # of the batch's rows, and of the single row
@@ -17,9 +19,9 @@ quick = settings(max_examples=60, deadline=None)
 
 @pytest.fixture
 def set_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    before = num_threads()
+    yield set_num_threads
+    set_num_threads(before)
 
 
 @given(st.integers(2, 20), st.integers(1, 300), DTYPES, PADS, SEEDS)

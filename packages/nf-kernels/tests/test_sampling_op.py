@@ -9,11 +9,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nf_kernels.ops import REFERENCE
+from nf_kernels import ops, set_num_threads
 
 LAST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
 UNIFORMS = st.one_of(st.sampled_from([0.0, 2**-24, 0.5, LAST_UNIFORM]), st.floats(0, LAST_UNIFORM))
 quick = settings(max_examples=100, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "reference"])
+def operations(request):
+    """The set that `draw` uses: both have to pass every test."""
+    global OPERATIONS
+    OPERATIONS = ops.load("cpu", native=request.param == "native")
+    if request.param == "native" and OPERATIONS is ops.REFERENCE:
+        pytest.skip("no native kernels")
 
 
 def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5):
@@ -24,7 +33,11 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5)
         return torch.tensor(np.broadcast_to(value, (rows,)), dtype=dtype)
 
     out = torch.full((rows,), -1, dtype=torch.int64)
-    REFERENCE["sample"](
+    scratch = torch.empty(
+        OPERATIONS.scratch_bytes("sample", vocab_size=logits.shape[1]), dtype=torch.uint8
+    )
+    OPERATIONS["sample"](
+        scratch=scratch,
         logits=logits,
         temperature=column(temperature, torch.float32),
         top_k=column(top_k, torch.int64),
@@ -201,6 +214,7 @@ def test_a_row_does_not_depend_on_the_others(vocabulary, threads):
     }
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    set_num_threads(threads)
     try:
         together = draw(logits, **parameters)
         order = generator.permutation(rows)
@@ -211,6 +225,7 @@ def test_a_row_does_not_depend_on_the_others(vocabulary, threads):
         ]
     finally:
         torch.set_num_threads(before)
+        set_num_threads(before)
     assert together[order].tolist() == shuffled.tolist()
     assert together.tolist() == alone
 

@@ -52,6 +52,14 @@ KvCacheTokens = Annotated[
     int | None, typer.Option(help="Size of the KV cache in tokens.", show_default="from memory")
 ]
 NativeKernels = Annotated[bool, typer.Option(help="Use the compiled kernels where there are some.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Give a request the same tokens in every dtype, whatever else runs; refuse to start "
+        "where no operations do.",
+    ),
+]
 GenerationConfigOption = Annotated[
     GenerationConfig,
     typer.Option(
@@ -90,6 +98,7 @@ def serve(
         bool, typer.Option(help="Reuse the KV of prompts that begin alike.")
     ] = True,
     native_kernels: NativeKernels = True,
+    deterministic: Deterministic = False,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds for requests in flight after SIGTERM or Ctrl+C.", min=0)
     ] = 30.0,
@@ -113,6 +122,7 @@ def serve(
         seed=seed,
         enable_prefix_caching=enable_prefix_caching,
         native_kernels=native_kernels,
+        deterministic=deterministic,
     )
     raise typer.Exit(
         command.run(
@@ -166,6 +176,7 @@ def generate(
     load_format: LoadFormat = "auto",
     tokenizer: Tokenizer = None,
     native_kernels: NativeKernels = True,
+    deterministic: Deterministic = False,
 ) -> None:
     """Generate one answer in the terminal."""
     from nf_server.commands import generate as command
@@ -191,6 +202,7 @@ def generate(
             kv_cache_tokens=kv_cache_tokens,
             load_format=load_format,
             native_kernels=native_kernels,
+            deterministic=deterministic,
         ),
         {name: value for name, value in sampling.items() if value is not None},
         prompt,

@@ -4,8 +4,8 @@
 machine; `nf_kernels.ops.reference` is the same set in plain torch, the oracle of the others.
 """
 
-from nf_kernels.native import NativeStatus, native_status
+from nf_kernels.native import NativeStatus, native_status, num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
-__all__ = ["NativeStatus", "__version__", "native_status"]
+__all__ = ["NativeStatus", "__version__", "native_status", "num_threads", "set_num_threads"]

@@ -33,6 +33,9 @@ class EngineConfig:
         page_size: Token slots of a page.
         enable_prefix_caching: Reuse the KV of prompts that begin alike.
         native_kernels: False runs every operation in plain torch.
+        deterministic: Run only operations whose rows do not depend on each other, so that a request
+            gets the same tokens in every dtype, whatever else runs, and refuse to start where there
+            are none.
     """
 
     model: str
@@ -49,6 +52,7 @@ class EngineConfig:
     page_size: int = 16
     enable_prefix_caching: bool = True
     native_kernels: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.

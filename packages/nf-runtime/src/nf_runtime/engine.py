@@ -16,6 +16,7 @@ from nf_runtime.device import kv_cache_bytes, pick_device, pick_dtype
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.executor import Executor
+from nf_runtime.graph import LayerGraph
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.model_source import find_model
@@ -23,7 +24,7 @@ from nf_runtime.models import decoder_graph, find_family, read_config
 from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams
-from nf_runtime.weights import load_weights, make_weights
+from nf_runtime.weights import load_weights, make_weights, pack_weights
 from nf_scheduler import Batch, IterationResult, Request, Scheduler, SchedulerConfig, TokenEvent
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ class Engine:
             weights = make_weights(model, family, dtype=dtype, device=device, seed=config.seed)
         else:
             weights = load_weights(model, family, Checkpoint(path), dtype=dtype, device=device)
+        graph = decoder_graph(model)
+        operations = ops.load(device, native=config.native_kernels)
+        if config.deterministic:
+            _require_invariance(graph, operations)
+        pack_weights(weights, graph, operations)
         phases["weights"] = clock() - started
 
         started = clock()
@@ -87,9 +93,8 @@ class Engine:
             ),
             clock=clock,
         )
-        operations = ops.load(device, native=config.native_kernels)
         self.executor = Executor(
-            decoder_graph(model),
+            graph,
             weights,
             self.kv_cache.layers,
             operations,
@@ -246,6 +251,17 @@ class Engine:
             self.step()
         self._iterations, self._iteration_tokens = 0, 0
         self._busy_seconds, self._last_step_time = 0.0, 0.0
+
+
+def _require_invariance(graph: LayerGraph, operations: ops.OperationSet) -> None:
+    """Refuse operations whose rows depend on what else is in the batch."""
+    parts = (graph.prologue, *graph.layers, graph.epilogue)
+    needed = {"sample"} | {operation.kind for part in parts for operation in part}
+    if varying := sorted(needed - operations.invariant):
+        raise ModelLoadError(
+            f"deterministic is set, but the {operations.name} operations {', '.join(varying)} "
+            f"depend on what else is in the batch; use the native kernels of a CPU, or leave it off"
+        )
 
 
 def _plan_cache(

@@ -108,6 +108,18 @@ class Executor:
             )
             for edge in graph.edges.values()
         }
+        self._scratch = torch.empty(
+            max(
+                (
+                    self._scratch_bytes(operation, group, max_tokens)
+                    for part, group in zip(graph.layers, weights.layers, strict=True)
+                    for operation in part
+                ),
+                default=0,
+            ),
+            dtype=torch.uint8,
+            device=self._device,
+        )
         self._prologue = self._bind(graph.prologue, weights.model, None)
         self._layers = [
             self._bind(part, weights.layers[i], kv_layers[i]) for i, part in enumerate(graph.layers)
@@ -198,6 +210,8 @@ class Executor:
                     fixed[name] = self._cos_sin
                 elif caches and source in (BatchInput.K_CACHE, BatchInput.V_CACHE):
                     fixed[name] = caches[source is BatchInput.V_CACHE]
+            if operation.kind == "moe_experts":
+                fixed["scratch"] = self._scratch
             function = self._operations[operation.kind]
             bound.append(
                 _BoundOperation(function, fixed, self._signature(operation), operation.rows)
@@ -247,6 +261,19 @@ class Executor:
             return self._buffers[name][:count]
         start, end = staged.row_range(rows)
         return self._buffers[name][start:end]
+
+    def _scratch_bytes(
+        self, operation: Operation, weights: dict[str, Tensor], max_tokens: int
+    ) -> int:
+        """Bytes of scratch that an operation of a layer needs for the largest batch."""
+        if operation.kind != "moe_experts":
+            return 0
+        return self._operations.scratch_bytes(
+            operation.kind,
+            tokens=max_tokens,
+            experts_per_token=self._edges[operation.reads["expert_ids"]].width,
+            **{name: weights[operation.weights[name]] for name in ("gate_up", "down")},
+        )
 
     def _allocate(self, edge: Edge, rows: int) -> Tensor:
         dtype = _ELEMENTS.get(edge.element, self._dtype)

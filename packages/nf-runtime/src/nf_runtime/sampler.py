@@ -63,6 +63,11 @@ class Sampler:
         device: torch.device,
     ) -> None:
         self._sample = operations["sample"]
+        self._scratch = torch.empty(
+            operations.scratch_bytes("sample", vocab_size=vocab_size),
+            dtype=torch.uint8,
+            device=device,
+        )
         self._vocab_size = vocab_size
         self._device = device
         self._requests: dict[str, RequestSampling] = {}
@@ -121,18 +126,16 @@ class Sampler:
         for row in np.flatnonzero(self._special[slots]).tolist():
             self._adjust(logits[row], self._requests[request_ids[row]], int(positions[row]))
         out = torch.empty(len(request_ids), dtype=torch.int64, device=self._device)
-        if not self._temperature[slots].any():
-            torch.argmax(logits, dim=-1, out=out)
-        else:
-            self._sample(
-                logits=logits,
-                temperature=self._put(self._temperature[slots]),
-                top_k=self._put(self._top_k[slots]),
-                top_p=self._put(self._top_p[slots]),
-                min_p=self._put(self._min_p[slots]),
-                uniform=self._put(uniform(self._seed[slots], positions)),
-                out=out,
-            )
+        self._sample(
+            logits=logits,
+            temperature=self._put(self._temperature[slots]),
+            top_k=self._put(self._top_k[slots]),
+            top_p=self._put(self._top_p[slots]),
+            min_p=self._put(self._min_p[slots]),
+            uniform=self._put(uniform(self._seed[slots], positions)),
+            out=out,
+            scratch=self._scratch,
+        )
         for row in np.flatnonzero(self._special[slots]).tolist():
             self._count(self._requests[request_ids[row]], out[row : row + 1])
         if raw is None:

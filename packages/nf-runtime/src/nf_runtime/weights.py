@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nf_kernels.ops import OperationSet
 from nf_runtime.checkpoint import Checkpoint
+from nf_runtime.graph import LayerGraph, Operation
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import Family, WeightSpec, layer_weights, model_weights
 
@@ -16,6 +18,9 @@ _log = logging.getLogger(__name__)
 
 # Tables that old checkpoints carry and that follow from the config.
 _DERIVED_SUFFIX = "rotary_emb.inv_freq"
+
+# Parameters of operations that take a weight as the operation set has packed it.
+_PACKED = {"linear": ("weight",), "moe_experts": ("gate_up", "down")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,21 @@ def make_weights(
         return made
 
     return _load_groups(config, family, make)
+
+
+def pack_weights(weights: ModelWeights, graph: LayerGraph, operations: OperationSet) -> None:
+    """Arrange the weights of matrix products as an operation set reads them, in place."""
+    _pack_group(weights.model, (*graph.prologue, *graph.epilogue), operations)
+    for group, layer in zip(weights.layers, graph.layers, strict=True):
+        _pack_group(group, layer, operations)
+
+
+def _pack_group(
+    group: dict[str, Tensor], users: tuple[Operation, ...], operations: OperationSet
+) -> None:
+    names = {user.weights[parameter] for user in users for parameter in _PACKED.get(user.kind, ())}
+    for name in sorted(names):
+        group[name] = operations.pack(group[name])
 
 
 def _load_groups(

@@ -1,4 +1,8 @@
-"""Every operation in plain torch, on any device. Norms, RoPE and attention compute in float32."""
+"""Every operation in plain torch, on any device. Norms, RoPE and attention compute in float32.
+
+An operation that has a parameter `scratch` works in that memory, uint8 [bytes], in the other
+implementations; `OperationSet.scratch_bytes` says how much. Plain torch allocates its own.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,7 @@ __all__ = [
     "embedding",
     "gather_rows",
     "linear",
+    "merge_attention",
     "moe_experts",
     "moe_route",
     "prefill_attention",
@@ -37,7 +42,9 @@ def gather_rows(*, x: Tensor, index: Tensor, out: Tensor) -> None:
     torch.index_select(x, 0, index, out=out)
 
 
-def rms_norm(*, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def rms_norm(
+    *, x: Tensor, weight: Tensor, eps: float, out: Tensor, residual: Tensor | None = None
+) -> None:
     """Root-mean-square norm of each row: x / sqrt(mean(x²) + eps) * weight.
 
     Args:
@@ -45,7 +52,11 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         weight: [D].
         eps: Added to the mean square.
         out: [T, D].
+        residual: [T, D] or None. x is added to it first, and the sum is what is normalized.
     """
+    if residual is not None:
+        residual.add_(x)
+        x = residual
     out.copy_(_rms_normalize(x, weight, eps))
 
 
@@ -141,6 +152,8 @@ def prefill_attention(
     scale: float,
     window: int,
     out: Tensor,
+    soft_cap: float = 0.0,
+    lse: Tensor | None = None,
 ) -> None:
     """Causal attention of the last tokens of some requests over all their pages.
 
@@ -154,6 +167,9 @@ def prefill_attention(
         scale: Factor on the scores.
         window: Keys a query sees, itself included; 0 means all.
         out: [T, H * d].
+        soft_cap: Scores become soft_cap * tanh(score / soft_cap); 0 leaves them as they are.
+        lse: float32 [T, H] or None, written: the natural logarithm of the sum of the exponentials
+            of the scores, by which `merge_attention` weighs the result.
     """
     _, kv_heads, page_size, head_dim = k_cache.shape
     group = q.shape[1] // (kv_heads * head_dim)
@@ -167,13 +183,16 @@ def prefill_attention(
         )
         count = rows.stop - rows.start
         queries = q[rows].view(count, kv_heads, group, head_dim).float()
-        scores = torch.einsum("tkgd,ksd->kgts", queries * scale, keys)
+        scores = _cap(torch.einsum("tkgd,ksd->kgts", queries * scale, keys), soft_cap)
         key_at = torch.arange(seq_len, device=q.device)
         query_at = torch.arange(seq_len - count, seq_len, device=q.device).unsqueeze(1)
         hidden = key_at > query_at
         if window:
             hidden |= key_at <= query_at - window
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if lse is not None:
+            lse[rows].copy_(scores.logsumexp(dim=-1).permute(2, 0, 1).flatten(1))
+        weights = scores.softmax(dim=-1)
         mixed = torch.einsum("kgts,ksd->tkgd", weights, values)
         out[rows].copy_(mixed.reshape(count, -1))
 
@@ -188,6 +207,8 @@ def decode_attention(
     scale: float,
     window: int,
     out: Tensor,
+    soft_cap: float = 0.0,
+    lse: Tensor | None = None,
 ) -> None:
     """Attention of one token per request; as `prefill_attention` with one row each."""
     _, kv_heads, page_size, head_dim = k_cache.shape
@@ -196,16 +217,55 @@ def decode_attention(
         for cache in (k_cache, v_cache)
     )
     queries = q.unflatten(1, (kv_heads, -1, head_dim)).float() * scale
-    scores = queries @ keys.transpose(2, 3)
+    scores = _cap(queries @ keys.transpose(2, 3), soft_cap)
     key_at = torch.arange(page_table.shape[1] * page_size, device=q.device)
     hidden = key_at >= seq_lens.unsqueeze(1)
     if window:
         hidden |= key_at < seq_lens.unsqueeze(1) - window
     hidden = hidden[:, None, None, :]
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if lse is not None:
+        lse.copy_(scores.logsumexp(dim=-1).flatten(1))
+    weights = scores.softmax(dim=-1)
     # Pages past the end may hold anything, NaN too, which a zero weight would not silence.
     values = values.masked_fill(hidden.transpose(2, 3), 0.0)
     out.copy_((weights @ values).flatten(1))
+
+
+def _cap(scores: Tensor, soft_cap: float) -> Tensor:
+    return soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
+
+
+def merge_attention(
+    *,
+    a: Tensor,
+    lse_a: Tensor,
+    b: Tensor,
+    lse_b: Tensor,
+    out: Tensor,
+    lse_out: Tensor,
+) -> None:
+    """Join the attention of the same queries over two sets of keys into that over both.
+
+    Args:
+        a: [T, H * d], the attention over the first keys.
+        lse_a: float32 [T, H], as `prefill_attention` writes it; minus infinity for no keys.
+        b: As `a`, over the other keys.
+        lse_b: As `lse_a`.
+        out: [T, H * d]; may be `a` or `b` itself. Zero where neither state has keys.
+        lse_out: float32 [T, H]; may be `lse_a` or `lse_b` itself.
+    """
+    heads = lse_a.shape[1]
+    both = torch.logaddexp(lse_a, lse_b)
+    empty = both == -torch.inf
+    total = torch.zeros_like(a.unflatten(1, (heads, -1)), dtype=torch.float32)
+    for state, lse in ((a, lse_a), (b, lse_b)):
+        share = (lse - both).exp().masked_fill(empty, 0.0).unsqueeze(2)
+        # A state without keys may hold anything, NaN too, which a zero share would not silence.
+        values = state.unflatten(1, (heads, -1)).float().masked_fill(share == 0, 0.0)
+        total += share * values
+    out.copy_(total.flatten(1))
+    lse_out.copy_(both)
 
 
 def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
@@ -242,6 +302,7 @@ def moe_experts(
     down: Tensor,
     residual: Tensor,
     out: Tensor,
+    scratch: Tensor | None = None,
 ) -> None:
     """Weighted sum of each token's experts, added to the residual.
 
@@ -253,6 +314,7 @@ def moe_experts(
         down: [E, D, F].
         residual: [T, D].
         out: [T, D]; may be `residual` itself.
+        scratch: See above.
     """
     total = residual.to(torch.float32, copy=True)
     for expert in expert_ids.unique().tolist():

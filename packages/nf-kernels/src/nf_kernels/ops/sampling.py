@@ -15,6 +15,7 @@ def sample(
     min_p: Tensor,
     uniform: Tensor,
     out: Tensor,
+    scratch: Tensor | None = None,
 ) -> None:
     """Draw one token per row by inverting the distribution function at `uniform`.
 
@@ -29,6 +30,7 @@ def sample(
         min_p: float32 [S] in [0, 1]; drop tokens below this share of the most likely one's.
         uniform: float32 [S] in [0, 1).
         out: int64 [S].
+        scratch: Memory that other implementations work in.
     """
     torch.argmax(logits, dim=-1, out=out)
     drawn = temperature > 0

@@ -1,0 +1,54 @@
+// Arithmetic that several kernels share.
+#pragma once
+
+#include <cstdint>
+
+#include "number.h"
+
+namespace nf {
+namespace NF_ISA {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 512;
+
+// exp(x) for x <= 0, relative error below 2e-7 (Cephes expf), in a form that compilers vectorize.
+inline float exp_nonpositive(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float n = __builtin_floorf(clamped * 1.44269504088896341f + 0.5f);
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = p * r * r + r + 1.0f;
+  const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  __builtin_memcpy(&power, &exponent, sizeof(power));
+  return x < -87.0f ? 0.0f : y * power;
+}
+
+template <typename T>
+inline void load_row(const T* src, float* dst, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);
+}
+
+inline __attribute__((always_inline)) float dot(const float* a, const float* b, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+template <typename T>
+inline void prefetch(const T* p, int64_t n) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  const int64_t end = n * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < end; i += 64) __builtin_prefetch(bytes + i);
+}
+
+}  // namespace
+}  // namespace NF_ISA
+}  // namespace nf

@@ -1,0 +1,63 @@
+// Threads that help another one to run a kernel.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "team.h"
+
+namespace nf {
+
+using Command = std::function<void(const Team&)>;
+
+// A thread that is late is not waited for: whoever calls `run` takes all tasks that no helper has taken, and then waits
+// for those alone that are at work. So a helper that the system has put aside for another program holds nobody up.
+class Pool {
+ public:
+  // Starts `helpers` threads; with `cores`, each is pinned to its own. Throws std::runtime_error when a core cannot be had.
+  explicit Pool(int64_t helpers, const std::vector<int>& cores = {});
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // Runs a command on this thread, which is the team's first, and on the helpers that come in time. It must not throw.
+  // When another thread is in here, this one runs the command alone.
+  void run(const Command& command);
+
+  int64_t size() const { return static_cast<int64_t>(threads_.size()) + 1; }
+
+ private:
+  void help(int64_t index);
+  void stop();
+
+  std::vector<std::thread> threads_;
+  std::mutex running_;
+  const Command* command_ = nullptr;
+  int64_t taken_ = 0;
+  // Number of the command, whether helpers may still join, how many have. A helper joins by counting itself.
+  std::atomic<uint32_t> gate_{0};
+  std::atomic<uint32_t> finished_{0};
+  std::atomic<bool> stopping_{false};
+};
+
+// Pins a thread to a core, where the system can. Throws std::runtime_error when the core cannot be had.
+void pin(std::thread& thread, int core);
+
+// Waits until `value` is no longer `old`: a little while on the processor, as most changes come at once, then asleep.
+template <typename T>
+void wait_for_change(const std::atomic<T>& value, T old) {
+  constexpr int kSpins = 4000;
+  for (int i = 0; i < kSpins; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace nf

@@ -1,0 +1,158 @@
+"""Lanes of a CPU: native threads, each pinned to a core."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from nf_kernels.lanes.lane import Event, Lane, grant
+from nf_kernels.native import native_module, native_status
+
+_KEPT_BETWEEN_EVENTS = 256
+
+_current = threading.local()
+
+
+def current_lane() -> CpuLane | None:
+    """The lane that this thread's operations go to."""
+    stack: list[CpuLane] = getattr(_current, "lanes", [])
+    return stack[-1] if stack else None
+
+
+class CpuEvent:
+    """A point in the order of a lane of a CPU; its time is that of the steady clock."""
+
+    def __init__(self, native: Any) -> None:
+        self.native = native
+
+    def done(self) -> bool:
+        """As `Event.done`."""
+        return bool(self.native.done())
+
+    def wait(self) -> None:
+        """As `Event.wait`."""
+        self.native.wait()
+
+    def seconds_since(self, earlier: Event) -> float:
+        """As `Event.seconds_since`."""
+        times = [_native_event(event).time() for event in (earlier, self)]
+        if not all(times):
+            raise ValueError("an event is not done yet; wait for it first")
+        return float(times[1] - times[0]) * 1e-9
+
+
+def _native_event(event: Event) -> Any:
+    if not isinstance(event, CpuEvent):
+        raise ValueError(f"event is a {type(event).__name__}; expected one of a lane of a CPU")
+    return event.native
+
+
+class CpuLane:
+    """A `Lane` of a CPU: one native thread per core, without the GIL."""
+
+    def __init__(self, cores: tuple[int, ...], *, share: float, exclusive: bool) -> None:
+        """Start the threads.
+
+        Args:
+            cores: Numbers of the cores, as the operating system counts them.
+            share: Their part of the cores that this process may use.
+            exclusive: Whether no other lane has any of them.
+
+        Raises:
+            RuntimeError: A core cannot be had.
+        """
+        module = native_module()
+        if module is None:
+            raise RuntimeError(f"lanes of a CPU need the native kernels: {native_status().reason}")
+        self.units = cores
+        self.share = share
+        self.exclusive = exclusive
+        self._set_current = module.set_current_lane
+        self._native: Any = module.Lane(list(cores))
+        # Arguments of what is queued: those since the last event, and those before it.
+        self._recent: list[Mapping[str, Any]] = []
+        self._kept: deque[tuple[Any, list[Mapping[str, Any]]]] = deque()
+
+    def __enter__(self) -> Self:
+        """As `Lane`."""
+        native = self._open()
+        stack: list[CpuLane] = _current.__dict__.setdefault("lanes", [])
+        stack.append(self)
+        self._set_current(native)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """As `Lane`."""
+        stack: list[CpuLane] = _current.lanes
+        stack.pop()
+        self._set_current(stack[-1]._open() if stack else None)
+
+    def record(self) -> CpuEvent:
+        """As `Lane.record`."""
+        return CpuEvent(self._open().record())
+
+    def wait(self, event: Event) -> None:
+        """As `Lane.wait`."""
+        self._open().wait(_native_event(event))
+
+    def synchronize(self) -> None:
+        """As `Lane.synchronize`."""
+        try:
+            self._open().synchronize()
+        finally:
+            self._recent.clear()
+            self._kept.clear()
+
+    def close(self) -> None:
+        """As `Lane.close`; may be called twice, but not inside of `with`.
+
+        Raises:
+            RuntimeError: This thread's operations still go to the lane.
+        """
+        if self in getattr(_current, "lanes", []):
+            raise RuntimeError("the lane is closed inside of its own `with`; close it after")
+        self._native = None  # its end waits for what is queued
+        self._recent.clear()
+        self._kept.clear()
+
+    def keep(self, arguments: Mapping[str, Any]) -> None:
+        """Hold the arguments of a queued operation until the lane is through with it."""
+        self._recent.append(arguments)
+        if len(self._recent) == _KEPT_BETWEEN_EVENTS:
+            self._kept.append((self._open().record(), self._recent))
+            self._recent = []
+            while self._kept and self._kept[0][0].done():
+                self._kept.popleft()
+
+    def _open(self) -> Any:
+        if self._native is None:
+            raise RuntimeError("the lane is closed; make a new one with lanes.partition")
+        return self._native
+
+
+def partition_cpu(shares: list[float], *, exclusive: bool) -> list[Lane]:
+    """Lanes on the cores that this process may use."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    if cores is None:
+        cores = list(range(os.cpu_count() or 1))
+    granted = grant(cores, shares)
+    if not exclusive:
+        granted = [tuple(cores)] * len(shares)
+    owners = [core for units in granted for core in units]
+    return [
+        CpuLane(
+            units,
+            share=len(units) / len(cores),
+            exclusive=all(owners.count(core) == 1 for core in units),
+        )
+        for units in granted
+    ]
