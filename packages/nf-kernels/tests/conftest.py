@@ -121,7 +121,7 @@ def _isas() -> list[str]:
     return ["none"] if module is None else module.usable_isas()
 
 
-@pytest.fixture(scope="session", params=_isas())
+@pytest.fixture(scope="module", params=_isas())
 def native(request: pytest.FixtureRequest) -> Iterator[ops.OperationSet]:
     """The native operations, with each instruction set of this processor."""
     module = native_module()

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf_kernels import lanes, native_status
+from nf_kernels import lanes, native_status, ops
 from nf_kernels.lanes.lane import grant
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -205,6 +205,28 @@ def test_an_index_out_of_range_stops_the_lane_until_it_is_told(native, two_lanes
         native["rms_norm"](x=table[:2], weight=torch.ones(8), eps=1e-5, out=after)
     lane.synchronize()
     assert after.any()
+
+
+def test_plain_torch_takes_its_turn_on_a_lane(native, two_lanes):
+    lane, head_dim = two_lanes[0], 514  # larger than the kernels take
+    x, norm = torch.randn(2, head_dim), torch.ones(head_dim)
+    queries, out = torch.zeros(2, head_dim), torch.zeros(2, head_dim)
+    cache = {name: torch.randn(2, 1, 4, head_dim) for name in ("k_cache", "v_cache")}
+    pages = {
+        "page_table": torch.tensor([[0], [1]], dtype=torch.int32),
+        "seq_lens": torch.tensor([4, 3], dtype=torch.int32),
+    }
+    big = torch.randn(4000, 1000)
+    with lane:
+        native["rms_norm"](x=big, weight=torch.ones(1000), eps=1e-5, out=torch.empty_like(big))
+        native["rms_norm"](x=x, weight=norm, eps=1e-5, out=queries)
+        native["decode_attention"](q=queries, scale=0.1, window=0, out=out, **pages, **cache)
+    expected = torch.zeros(2, head_dim)
+    ops.REFERENCE["rms_norm"](x=x, weight=norm, eps=1e-5, out=queries)
+    ops.REFERENCE["decode_attention"](
+        q=queries, scale=0.1, window=0, out=expected, **pages, **cache
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_lanes_nest_and_belong_to_one_thread(native, two_lanes):

@@ -70,6 +70,14 @@ def _check_packed(
     _check_contiguous(name, tensor)
 
 
+def _in_plain_torch(operation: Callable[..., None], **arguments: Any) -> None:
+    """Run an operation on what the kernels do not take; it waits for a lane instead of queueing."""
+    lane = current_lane()
+    if lane is not None:
+        lane.synchronize()
+    operation(**arguments)
+
+
 def _address(tensor: Tensor | None) -> int:
     return tensor.data_ptr() if tensor is not None else 0
 
@@ -450,7 +458,8 @@ def rope_append(
         if norm is not None:
             _check(name, norm, qkv.dtype, (head_dim,))
     if head_dim > _MAX_HEAD_DIM:
-        reference.rope_append(
+        _in_plain_torch(
+            reference.rope_append,
             qkv=qkv,
             positions=positions,
             slots=slots,
@@ -519,7 +528,8 @@ def prefill_attention(
             lse,
         )
         return
-    reference.prefill_attention(
+    _in_plain_torch(
+        reference.prefill_attention,
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
@@ -555,7 +565,8 @@ def decode_attention(
             q, k_cache, v_cache, page_table, None, seq_lens, scale, window, out, soft_cap, lse
         )
         return
-    reference.decode_attention(
+    _in_plain_torch(
+        reference.decode_attention,
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
