@@ -314,7 +314,8 @@ def refuse_wrong_arguments(rank: Rank) -> None:
 def a_barrier_waits_for_the_last(rank: Rank) -> None:
     if rank.number == 0:
         time.sleep(0.3)
-    entered = torch.tensor([time.monotonic()]).double()  # one clock for the processes of a machine
+    # One clock for the processes of a machine.
+    entered = torch.tensor([time.monotonic()], dtype=torch.float64)
     rank.comm.barrier()
     left = time.monotonic()
     # As integers, in microseconds: no dtype that is sent holds the seconds exactly.
