@@ -78,6 +78,7 @@ struct LinearArgs {
   const void* residual;        // [rows, out_features] or null
   void* out;                   // [rows, out_features]; may be residual itself
   int64_t num_rows, in_features, out_features, x_stride, residual_stride, out_stride;
+  bool float_out;              // whether out has floats, and not the elements of x
 };
 
 struct GroupedLinearArgs {

@@ -17,12 +17,12 @@ namespace {
 constexpr int64_t kRowChunk = 192;  // rows of one task; the tile's columns stay in the cache meanwhile
 
 // out [rows, columns] = result + bias + residual, for one tile.
-template <typename T>
-inline void finish_tile(const LinearArgs& a, const float* result, int64_t result_stride, int64_t row, int64_t num_rows,
+template <typename T, typename Out>
+inline void finish_tile_as(const LinearArgs& a, const float* result, int64_t result_stride, int64_t row, int64_t num_rows,
                         int64_t column, int64_t num_columns) {
   for (int64_t r = 0; r < num_rows; ++r) {
     const float* sums = result + r * result_stride;
-    T* out = static_cast<T*>(a.out) + (row + r) * a.out_stride + column;
+    Out* out = static_cast<Out*>(a.out) + (row + r) * a.out_stride + column;
     alignas(64) float values[kBlock];
     for (int64_t j = 0; j < num_columns; ++j) values[j] = sums[j];
     if (a.bias) {
@@ -37,6 +37,16 @@ inline void finish_tile(const LinearArgs& a, const float* result, int64_t result
     }
 #pragma omp simd
     for (int64_t j = 0; j < num_columns; ++j) store(out + j, values[j]);
+  }
+}
+
+template <typename T>
+inline void finish_tile(const LinearArgs& a, const float* result, int64_t result_stride, int64_t row, int64_t num_rows,
+                        int64_t column, int64_t num_columns) {
+  if (a.float_out) {
+    finish_tile_as<T, float>(a, result, result_stride, row, num_rows, column, num_columns);
+  } else {
+    finish_tile_as<T, T>(a, result, result_stride, row, num_rows, column, num_columns);
   }
 }
 

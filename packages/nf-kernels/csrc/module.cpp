@@ -48,7 +48,7 @@ bool same_products(const nf::KernelTable& a, const nf::KernelTable& b) {
       int64_t taken = 0;
       (i ? b : a).linear(nf::DType::kBFloat16,
                          {x.data(), weight.data(), nullptr, nullptr, results[i].data(), rows, kInner, kColumns, kInner,
-                          0, kColumns},
+                          0, kColumns, false},
                          {0, 1, &taken});
     }
     for (std::size_t j = 0; j < results[0].size(); ++j) {
@@ -300,10 +300,10 @@ void swiglu(int dtype, uintptr_t gate_up, uintptr_t out, int64_t num_rows, int64
 
 void linear(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out,
             int64_t num_rows, int64_t in_features, int64_t out_features, int64_t x_stride, int64_t residual_stride,
-            int64_t out_stride) {
+            int64_t out_stride, bool float_out) {
   run(table().linear, dtype,
       nf::LinearArgs{at<void>(x), at<void>(weight), at<void>(bias), at<void>(residual), at<void>(out), num_rows,
-                     in_features, out_features, x_stride, residual_stride, out_stride},
+                     in_features, out_features, x_stride, residual_stride, out_stride, float_out},
       num_rows * in_features * out_features / 8);
 }
 
@@ -384,7 +384,7 @@ void moe_experts(int dtype, uintptr_t x, uintptr_t expert_ids, uintptr_t expert_
       nf::GatherArgs{at<void>(x), s.token_of_row, s.gathered, choices, hidden, x_stride, hidden}, choices * hidden);
   const auto grouped = [&](void* from, uintptr_t weight, void* to, int64_t in, int64_t features, int64_t stride) {
     run(table().grouped_linear, dtype,
-        nf::GroupedLinearArgs{{from, at<void>(weight), nullptr, nullptr, to, choices, in, features, in, 0, features},
+        nf::GroupedLinearArgs{{from, at<void>(weight), nullptr, nullptr, to, choices, in, features, in, 0, features, false},
                               s.row_start, num_experts, stride},
         choices * in * features / 8);
   };

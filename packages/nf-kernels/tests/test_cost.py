@@ -304,16 +304,17 @@ def test_rms_norm(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_linear(dtype, bias, residual):
+@pytest.mark.parametrize("float_out", [False, True])
+def test_linear(dtype, bias, residual, float_out):
     x, weight = torch.ones(7, 6, dtype=dtype), torch.ones(5, 6, dtype=dtype)
-    out = torch.empty(7, 5, dtype=dtype)
+    out = torch.empty(7, 5, dtype=torch.float32 if float_out else dtype)
     added = {"bias": torch.ones(5, dtype=dtype)} if bias else {}
     added |= {"residual": torch.ones(7, 5, dtype=dtype)} if residual else {}
     with FlopCounterMode(display=False) as counter:
         REFERENCE["linear"](x=x, weight=weight, out=out, **added)
     assert cost.linear(
         rows=7, in_features=6, out_features=5, element_bytes=dtype.itemsize, bias=bias,
-        residual=residual,
+        residual=residual, float_out=float_out,
     ) == Cost(
         counter.get_total_flops() + len(added) * out.numel(),
         nbytes(x, weight, out, *added.values()),

@@ -47,7 +47,7 @@ def test_large_weights_are_packed_piece_by_piece(monkeypatch):
     out_features=SIZES,
     in_features=SIZES,
     dtype=DTYPES,
-    extras=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    extras=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     pad=PADS,
     seed=SEEDS,
 )
@@ -65,7 +65,7 @@ def test_linear(
     seed,
 ):
     torch.manual_seed(seed)
-    has_bias, has_residual, in_place = extras
+    has_bias, has_residual, in_place, float_out = extras
     x = row_view(torch.randn(rows, in_features).to(dtype), pad)
     weight = torch.randn(out_features, in_features).to(dtype)
     bias = torch.randn(out_features).to(dtype) if has_bias else None
@@ -73,12 +73,13 @@ def test_linear(
     exact = x.double() @ weight.double().t()
     exact += bias.double() if bias is not None else 0
     exact += residual.double() if residual is not None else 0
-    fresh = row_view(torch.zeros(rows, out_features, dtype=dtype), pad)
+    out_dtype = torch.float32 if float_out else dtype
+    fresh = row_view(torch.zeros(rows, out_features, dtype=out_dtype), pad)
     out = residual if residual is not None and in_place else fresh
     native["linear"](x=x, weight=native.pack(weight.clone()), bias=bias, residual=residual, out=out)
     # Against float64: float32 sums, and one rounding to the dtype.
     size = x.double().abs() @ weight.double().abs().t() + 2
-    unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[out.dtype]
     assert ((out.double() - exact).abs() <= 1e-6 * size + unit * exact.abs() + 1e-7).all()
     assert_only_view_written(out, pad)
 

@@ -64,6 +64,10 @@ def test_linear(dtype, bias, residual):
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     if residual == "other":
         assert torch.equal(r, kept)
+    else:
+        wide = torch.empty(6, 9)
+        REFERENCE["linear"](x=x, weight=weight, bias=b, residual=kept, out=wide)
+        torch.testing.assert_close(wide, out.float())
 
 
 def test_rope_append_turns_pairs_of_a_head():

@@ -169,19 +169,22 @@ def linear(
     element_bytes: int,
     bias: bool = False,
     residual: bool = False,
+    float_out: bool = False,
 ) -> Cost:
     """Multiply x [rows, in_features] by weight [out_features, in_features].
 
     `bias` [out_features] and `residual` [rows, out_features] are read and added where they are
-    True. The logits of selected rows are this operation on those rows.
+    True; the result has `element_bytes`, too, or is float32. The logits of selected rows are this
+    operation on those rows, to float32.
     """
     if not rows:
         return _NOTHING
     outputs = rows * out_features
     weights = (in_features + bias) * out_features
-    activations = rows * in_features + (1 + residual) * outputs
+    reads = weights + rows * in_features + residual * outputs
     flops = (2 * in_features + bias + residual) * outputs
-    return Cost(flops, (weights + activations) * element_bytes, 0)
+    written = outputs * (_FLOAT32_BYTES if float_out else element_bytes)
+    return Cost(flops, reads * element_bytes + written, 0)
 
 
 @_operation

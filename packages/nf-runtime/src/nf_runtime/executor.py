@@ -172,7 +172,7 @@ class Executor:
             slots = batch.slots[requests]
             positions = batch.context_lens[requests] + np.diff(batch.query_start)[requests]
             sampled, rows = self.sampler.sample(
-                logits[: len(requests)].float(),
+                logits[: len(requests)],
                 [batch.request_ids[i] for i in requests],
                 slots,
                 positions,

@@ -155,7 +155,7 @@ class Sampler:
 
         Args:
             batch: The iteration's.
-            logits: [rows, V], of any float dtype.
+            logits: float32 [rows, V].
 
         Returns:
             By request, the position of the first row in its sequence, and one entry per row.
@@ -166,7 +166,7 @@ class Sampler:
             first = span.position + 1
             following = span.request.prompt_token_ids[first : first + span.count]
             rows = row_logprobs(
-                logits[done : done + span.count].float(),
+                logits[done : done + span.count],
                 self._put(following.astype(np.int64)),
                 [span.request.params.prompt_logprobs or 0] * span.count,
             )

@@ -151,10 +151,11 @@ def linear(
     """As `reference.linear`, with a weight that `packing.pack` has packed.
 
     The sum of an element has one order, whatever the number of rows; bias and residual are added in
-    float32, before the one rounding.
+    float32, before the one rounding, of which there is none where `out` is float32.
     """
     _check("x", x, x.dtype, (None, None))
-    _check("out", out, x.dtype, (x.shape[0], None))
+    float_out = out.dtype == torch.float32
+    _check("out", out, torch.float32 if float_out else x.dtype, (x.shape[0], None))
     rows, in_features = x.shape
     out_features = out.shape[1]
     _check_packed("weight", weight, x.dtype, (), out_features, in_features)
@@ -175,6 +176,7 @@ def linear(
         x.stride(0),
         residual.stride(0) if residual is not None else 0,
         out.stride(0),
+        float_out,
     )
 
 

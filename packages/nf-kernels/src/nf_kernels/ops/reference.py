@@ -78,10 +78,15 @@ def linear(
     Args:
         x: [T, K].
         weight: [N, K].
-        out: [T, N]; may be `residual` itself.
+        out: [T, N], as x or float32; may be `residual` itself.
         bias: [N], or None.
         residual: [T, N], or None.
     """
+    if out.dtype != x.dtype:
+        rounded = torch.empty_like(out, dtype=x.dtype)
+        linear(x=x, weight=weight, out=rounded, bias=bias, residual=residual)
+        out.copy_(rounded)
+        return
     if residual is not None:
         torch.addmm(residual, x, weight.t(), out=out)
         if bias is not None:

@@ -18,7 +18,7 @@ def decoder_graph(config: ModelConfig) -> LayerGraph:
         Edge("activated", config.intermediate_size),
         Edge("selected", config.hidden_size),
         Edge("selected_normed", config.hidden_size),
-        Edge("logits", config.vocab_size),
+        Edge("logits", config.vocab_size, ElementType.FLOAT32),
     ]
     if config.sparse_layers:
         edges += [
