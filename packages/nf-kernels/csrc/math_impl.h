@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "number.h"
+#include "vector.h"
 
 namespace nf {
 namespace NF_ISA {
@@ -27,6 +28,32 @@ inline float exp_nonpositive(float x) {
   float power;
   __builtin_memcpy(&power, &exponent, sizeof(power));
   return x < -87.0f ? 0.0f : y * power;
+}
+
+// exp(x), relative error below 2e-7; 0 below -87 and infinity above 88, or where a float's range ends.
+inline __attribute__((always_inline)) Vec exponential(Vec x) {
+#if defined(__AVX512F__)
+  // Beyond these bounds nothing changes, and what is infinite would become a NaN; the order keeps those there are.
+  x = (Vec)_mm512_min_ps(_mm512_set1_ps(104.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x));
+#endif
+  // A number of this size has no bits for fractions, and its last ones are the exponent.
+  constexpr float kInteger = 12582912.0f;
+  const Vec shifted = x * 1.44269504088896341f + kInteger;
+  const Vec n = shifted - kInteger;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vec y = p * (r * r) + (r + 1.0f);
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  const auto power = (reinterpret_cast<Vectors<kLanes>::Bits>(shifted) + 127u) << 23;
+  const Vec small = x < -87.0f ? Vec{} : y * reinterpret_cast<Vec>(power);
+  return x > 88.0f ? Vec{} + __builtin_inff() : small;
+#endif
 }
 
 template <typename T>

@@ -45,7 +45,8 @@ struct Upcoming {
   const void* memory = nullptr;
   int64_t bytes = 0;
 
-  inline __attribute__((always_inline)) void fetch(int64_t step) const {
+  inline __attribute__((always_inline)) void fetch(int64_t step) {
+    if (!memory) return;
     const char* at = static_cast<const char*>(memory) + step * bytes;
     __builtin_prefetch(at, 0, 2);
     __builtin_prefetch(at + bytes / 2, 0, 2);
@@ -98,10 +99,10 @@ inline __attribute__((always_inline)) void multiply_pair(const BFloat16* x, int6
   }
 }
 
-// result [rows, blocks * kBlock] = x [rows, k] times packed columns.
-template <int rows, int blocks, typename T>
-inline void multiply_tile(const T* x, int64_t x_stride, const T* columns, int64_t block_stride, int64_t k,
-                          const Upcoming& upcoming, float* result, int64_t result_stride) {
+// result [rows, blocks * kBlock] = x [rows, k] times packed columns. `next` fetches what will be needed, step by step.
+template <int rows, int blocks, typename T, typename Next>
+inline void multiply_tile(const T* x, int64_t x_stride, const T* columns, int64_t block_stride, int64_t k, Next& next,
+                          float* result, int64_t result_stride) {
   Vec sums[rows][blocks * kBlockVectors];
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < blocks * kBlockVectors; ++v) sums[r][v] = Vec{};
@@ -109,13 +110,13 @@ inline void multiply_tile(const T* x, int64_t x_stride, const T* columns, int64_
   if constexpr (kPaired<T>) {
     for (int64_t step = 0; step < k / 2; ++step) {
       multiply_pair<true, rows, blocks>(x + 2 * step, x_stride, columns + 2 * step * kBlock, block_stride, sums);
-      if (upcoming.memory) upcoming.fetch(step);
+      next.fetch(step);
     }
     if (k % 2) multiply_pair<false, rows, blocks>(x + k - 1, x_stride, columns + (k - 1) * kBlock, block_stride, sums);
   } else {
     for (int64_t step = 0; step < k; ++step) {
       multiply_step<T, rows, blocks>(x + step, x_stride, columns + step * kBlock, block_stride, sums);
-      if (upcoming.memory) upcoming.fetch(step);
+      next.fetch(step);
     }
   }
   for (int r = 0; r < rows; ++r) {
@@ -126,13 +127,13 @@ inline void multiply_tile(const T* x, int64_t x_stride, const T* columns, int64_
 }
 
 // As multiply_tile, for a number of rows up to `rows`.
-template <int rows, int blocks, typename T>
-inline void multiply(const T* x, int64_t x_stride, int64_t num_rows, const T* columns, int64_t k, const Upcoming& upcoming,
+template <int rows, int blocks, typename T, typename Next>
+inline void multiply(const T* x, int64_t x_stride, int64_t num_rows, const T* columns, int64_t k, Next& next,
                      float* result, int64_t result_stride) {
   if (num_rows == rows) {
-    multiply_tile<rows, blocks>(x, x_stride, columns, block_size<T>(k), k, upcoming, result, result_stride);
+    multiply_tile<rows, blocks>(x, x_stride, columns, block_size<T>(k), k, next, result, result_stride);
   } else if constexpr (rows > 1) {
-    multiply<rows - 1, blocks>(x, x_stride, num_rows, columns, k, upcoming, result, result_stride);
+    multiply<rows - 1, blocks>(x, x_stride, num_rows, columns, k, next, result, result_stride);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "math_impl.h"
 #include "number.h"
 #include "team.h"
+#include "vector.h"
 
 namespace nf {
 namespace NF_ISA {
@@ -90,16 +91,13 @@ void rms_norm(const RmsNormArgs& a, const Team& team) {
   }
 }
 
+inline __attribute__((always_inline)) Vec swiglu(Vec gate, Vec up) { return gate / (1.0f + exponential(-gate)) * up; }
+
 template <typename T>
 inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width) {
-#pragma omp simd
-  for (int64_t j = 0; j < width; ++j) {
-    const float g = to_float(gate[j]);
-    // sigmoid through exp of a non-positive number, which cannot overflow
-    const float e = exp_nonpositive(g < 0.0f ? g : -g);
-    const float sigmoid = (g < 0.0f ? e : 1.0f) / (1.0f + e);
-    store(out + j, g * sigmoid * to_float(up[j]));
-  }
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) store(out + j, swiglu(load<kLanes>(gate + j), load<kLanes>(up + j)));
+  if (j < width) store_first(out + j, width - j, swiglu(load_first(gate + j, width - j), load_first(up + j, width - j)));
 }
 
 template <typename T>

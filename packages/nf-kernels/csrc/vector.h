@@ -1,6 +1,7 @@
 // Vectors of floats, as wide as the instruction set of the file that includes this, and what loads them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "number.h"
@@ -24,6 +25,7 @@ template <int lanes>
 struct Vectors {
   typedef float Float __attribute__((vector_size(4 * lanes)));
   typedef uint32_t Bits __attribute__((vector_size(4 * lanes)));
+  typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
   typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
 };
 using Vec = Vectors<kLanes>::Float;
@@ -71,6 +73,72 @@ inline __attribute__((always_inline)) typename Vectors<lanes>::Float load(const 
   V v;
   for (int i = 0; i < lanes; ++i) v[i] = to_float(p[i]);
   return v;
+}
+
+// Rounds to elements of T: to nearest, ties to even.
+inline __attribute__((always_inline)) void store(float* p, Vec v) { store_as(p, v); }
+
+inline __attribute__((always_inline)) void store(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) {  // of which it would make zeros
+    store_as(p, _mm512_cvtneps_pbh((__m512)v));
+    return;
+  }
+#endif
+  using V = Vectors<kLanes>;
+  const auto wide = reinterpret_cast<V::Bits>(v);
+  const auto rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  const auto bits = v == v ? rounded : (wide >> 16) | 0x40u;  // a NaN stays one
+  store_as(p, __builtin_convertvector(bits, V::Halves));
+}
+
+inline __attribute__((always_inline)) void store(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  store_as(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) store(p + i, v[i]);
+#endif
+}
+
+// The first n < kLanes elements of a vector; what is loaded beside them is zero.
+template <typename T>
+inline Vec load_first(const T* p, int64_t n) {
+  T elements[kLanes] = {};
+  __builtin_memcpy(elements, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load<kLanes>(elements);
+}
+
+template <typename T>
+inline void store_first(T* p, int64_t n, Vec v) {
+  T elements[kLanes];
+  store(elements, v);
+  __builtin_memcpy(p, elements, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+inline __attribute__((always_inline)) Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline __attribute__((always_inline)) float max_lane(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+#endif
+}
+
+inline __attribute__((always_inline)) float sum_of_lanes(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) v[i] += v[i + n];
+  }
+  return v[0];
+#endif
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nf_kernels import num_threads, set_num_threads
 from nf_kernels.ops import REFERENCE
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -240,6 +241,39 @@ def test_prefill_attention_at_the_edges(
         **{"page_size": 16, **sizes},
         dtype=dtype,
     )
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 7])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_attention_of_many_requests_on_any_number_of_threads(
+    native, paged_case, assert_close, assert_only_view_written, page_size, window, head_dim
+):
+    """A task takes several KV heads where there are enough requests for all threads."""
+    sizes = {
+        "query_lens": [1] * 14 + [3, 40, 1],
+        "context_lens": [0, 15, 16, 63, 64, 65, 127, 128, 129, 200, 1, 2, 3, 30, 70, 100, 150],
+        "kv_heads": 5,
+        "group": 4,
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "window": window,
+        "dtype": torch.bfloat16,
+        "pad": 3,
+    }
+    before, results = num_threads(), []
+    for threads in (1, 2, 7):
+        set_num_threads(threads)
+        case = paged_case(**sizes)
+        native["prefill_attention"](**case.arguments)
+        results.append(case.arguments["out"])
+    set_num_threads(before)
+    wide = case.as_float32()
+    REFERENCE["prefill_attention"](**wide)
+    assert_close(results[0], wide["out"])
+    assert_only_view_written(results[0], case.pad)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_attention_with_scores_of_any_size(native, paged_case, assert_close):
