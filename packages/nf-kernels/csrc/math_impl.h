@@ -76,6 +76,13 @@ inline void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < end; i += 64) __builtin_prefetch(bytes + i);
 }
 
+template <typename T>
+inline void prefetch_to_write(T* p, int64_t n) {
+  char* bytes = reinterpret_cast<char*>(p);
+  const int64_t end = n * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < end; i += 64) __builtin_prefetch(bytes + i, 1);
+}
+
 }  // namespace
 }  // namespace NF_ISA
 }  // namespace nf

@@ -19,46 +19,69 @@ inline void normalize_head(float* x, const float* weight, int64_t d, float eps) 
   for (int64_t j = 0; j < d; ++j) x[j] = x[j] * inverse * weight[j];
 }
 
-template <typename T>
-void rotate(const float* x, const float* cos_sin, int64_t d, T* dst) {
+// dst [d] = the pairs (x[j], x[j + d / 2]), each turned by its angle.
+template <typename X, typename T>
+inline void rotate(const X* x, const float* cos_sin, int64_t d, T* dst) {
   const int64_t half = d / 2;
-  const float* cosine = cos_sin;
-  const float* sine = cos_sin + half;
-#pragma omp simd
-  for (int64_t j = 0; j < half; ++j) {
-    store(dst + j, x[j] * cosine[j] - x[j + half] * sine[j]);
-    store(dst + j + half, x[j + half] * cosine[j] + x[j] * sine[j]);
+  int64_t j = 0;
+  for (; j + kLanes <= half; j += kLanes) {
+    const Vec cosine = load<kLanes>(cos_sin + j), sine = load<kLanes>(cos_sin + half + j);
+    const Vec a = load<kLanes>(x + j), b = load<kLanes>(x + half + j);
+    store(dst + j, a * cosine - b * sine);
+    store(dst + half + j, b * cosine + a * sine);
   }
+  if (const int64_t n = half - j; n > 0) {
+    const Vec cosine = load_first(cos_sin + j, n), sine = load_first(cos_sin + half + j, n);
+    const Vec a = load_first(x + j, n), b = load_first(x + half + j, n);
+    store_first(dst + j, n, a * cosine - b * sine);
+    store_first(dst + half + j, n, b * cosine + a * sine);
+  }
+}
+
+// As rotate, of a head that is normalized before where it has a weight.
+template <typename T>
+inline void rotate_head(const T* x, const float* weight, float eps, const float* cos_sin, int64_t d, T* dst) {
+  if (!weight) return rotate(x, cos_sin, d, dst);
+  alignas(64) float normalized[kMaxHeadDim];
+  load_row(x, normalized, d);
+  normalize_head(normalized, weight, d, eps);
+  rotate(normalized, cos_sin, d, dst);
 }
 
 template <typename T>
 void rope_append(const RopeAppendArgs& a, const Team& team) {
   const int64_t d = a.head_dim;
-  alignas(64) float q_weight[kMaxHeadDim], k_weight[kMaxHeadDim];
-  if (a.q_norm) load_row(static_cast<const T*>(a.q_norm), q_weight, d);
-  if (a.k_norm) load_row(static_cast<const T*>(a.k_norm), k_weight, d);
+  alignas(64) float q_norm[kMaxHeadDim], k_norm[kMaxHeadDim];
+  const float* q_weight = nullptr;
+  const float* k_weight = nullptr;
+  if (a.q_norm) load_row(static_cast<const T*>(a.q_norm), q_norm, d), q_weight = q_norm;
+  if (a.k_norm) load_row(static_cast<const T*>(a.k_norm), k_norm, d), k_weight = k_norm;
+  const int64_t page_elements = a.num_kv_heads * a.page_size * d;
+  const auto place = [&](int64_t token) {
+    return a.slots[token] / a.page_size * page_elements + a.slots[token] % a.page_size * d;
+  };
   for (RowRange rows = next_rows(team, a.num_tokens, a.qkv_stride); rows.first < rows.end;
        rows = next_rows(team, a.num_tokens, a.qkv_stride)) {
     for (int64_t token = rows.first; token < rows.end; ++token) {
-      alignas(64) float x[kMaxHeadDim];
       const T* row = static_cast<const T*>(a.qkv) + token * a.qkv_stride;
       const float* cos_sin = a.cos_sin + a.positions[token] * d;
       T* q_out = static_cast<T*>(a.out) + token * a.out_stride;
-      for (int64_t h = 0; h < a.num_heads; ++h) {
-        load_row(row + h * d, x, d);
-        if (a.q_norm) normalize_head(x, q_weight, d, a.eps);
-        rotate(x, cos_sin, d, q_out + h * d);
-      }
       const T* k_row = row + a.num_heads * d;
       const T* v_row = k_row + a.num_kv_heads * d;
-      const int64_t page = a.slots[token] / a.page_size;
-      const int64_t offset = a.slots[token] % a.page_size;
+      T* k_out = static_cast<T*>(a.k_cache) + place(token);
+      T* v_out = static_cast<T*>(a.v_cache) + place(token);
+      // Slots lie anywhere in memory: those of the next token are fetched while this one's are written.
+      const int64_t next = token + 1 < rows.end ? place(token + 1) - place(token) : 0;
       for (int64_t h = 0; h < a.num_kv_heads; ++h) {
-        const int64_t at = ((page * a.num_kv_heads + h) * a.page_size + offset) * d;
-        load_row(k_row + h * d, x, d);
-        if (a.k_norm) normalize_head(x, k_weight, d, a.eps);
-        rotate(x, cos_sin, d, static_cast<T*>(a.k_cache) + at);
-        __builtin_memcpy(static_cast<T*>(a.v_cache) + at, v_row + h * d, static_cast<std::size_t>(d) * sizeof(T));
+        const int64_t at = h * a.page_size * d;
+        prefetch_to_write(k_out + next + at, d);
+        prefetch_to_write(v_out + next + at, d);
+        rotate_head(k_row + h * d, k_weight, a.eps, cos_sin, d, k_out + at);
+        __builtin_memcpy(v_out + at, v_row + h * d, static_cast<std::size_t>(d) * sizeof(T));
+      }
+      for (int64_t h = 0; h < a.num_heads; ++h) {
+        prefetch(row + a.qkv_stride + h * d, d);
+        rotate_head(row + h * d, q_weight, a.eps, cos_sin, d, q_out + h * d);
       }
     }
   }
@@ -95,8 +118,13 @@ inline __attribute__((always_inline)) Vec swiglu(Vec gate, Vec up) { return gate
 
 template <typename T>
 inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width) {
+  constexpr int64_t kAhead = 1 << 9;  // elements
   int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) store(out + j, swiglu(load<kLanes>(gate + j), load<kLanes>(up + j)));
+  for (; j + kLanes <= width; j += kLanes) {
+    __builtin_prefetch(gate + j + kAhead);
+    __builtin_prefetch(up + j + kAhead);
+    store(out + j, swiglu(load<kLanes>(gate + j), load<kLanes>(up + j)));
+  }
   if (j < width) store_first(out + j, width - j, swiglu(load_first(gate + j, width - j), load_first(up + j, width - j)));
 }
 
