@@ -429,7 +429,8 @@ class Library:
     def best_tile(self, m, n, k, sm_count):
         return f"tile of {m}x{n}x{k}"
 
-    def workspace_bytes(self, tile, m, n, k, sm_count):
+    def workspace_bytes(self, *, m, n, k, tile, sm_count, dtype):
+        assert (tile, dtype) == (f"tile of {m}x{n}x{k}", torch.bfloat16)
         return 4 * sm_count
 
     def gemm(self, *, x, weight, out, bias, residual, tile, sm_count, workspace):
@@ -440,7 +441,7 @@ class Library:
 
 def test_a_capped_lane_multiplies_on_its_sms(outer):
     library = Library()
-    operations = CudaOperations(cutlass=lambda: library, device_type="cpu").functions()
+    operations = CudaOperations(cutlass=lambda device: library, device_type="cpu").functions()
     capped = lanes.partition("cuda", [1, 2], mechanism="capped")
     shared = lanes.partition("cuda", [1, 2], mechanism="shared")
     x, weight = torch.randn(4, 64).bfloat16(), torch.randn(16, 64).bfloat16()
@@ -459,7 +460,7 @@ def test_a_capped_lane_multiplies_on_its_sms(outer):
 
 
 def test_memory_of_a_lane_goes_with_it(outer):
-    operations = CudaOperations(cutlass=Library, device_type="cpu")
+    operations = CudaOperations(cutlass=lambda device: Library(), device_type="cpu")
     (lane, _) = lanes.partition("cuda", [1, 1], mechanism="capped")
     x = torch.ones(2, 8).bfloat16()
     with lane:

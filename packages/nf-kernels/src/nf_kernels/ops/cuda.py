@@ -150,15 +150,15 @@ class CudaOperations:
         self,
         *,
         library: Callable[[], Any] = flashinfer,
-        cutlass: Callable[[], Any] | None = None,
+        cutlass: Callable[[torch.device], Any] | None = None,
         device_type: str = "cuda",
     ) -> None:
         """Load nothing yet.
 
         Args:
             library: Gives the FlashInfer module.
-            cutlass: Gives the library of CUTLASS kernels, or None; by default the one that
-                `python -m nf_kernels.cuda.build` builds.
+            cutlass: Gives the library of CUTLASS kernels for a device, or None; by default the
+                one that `python -m nf_kernels.cuda.build` builds, for Hopper.
             device_type: Where tensors must be.
         """
         self._library = library
@@ -244,17 +244,22 @@ class CudaOperations:
         if residual is not None:
             self._check.tensor("residual", residual, x.dtype, (rows, out_features))
         lane = current_lane()
-        if lane is None or not lane.sm_cap or not rows:
-            reference.linear(x=x, weight=weight, out=out, bias=bias, residual=residual)
-            return
-        library = self._cutlass()
         operands = [t for t in (x, weight, out, residual) if t is not None]
-        fits = takes_rows(x.dtype, in_features, out_features) and all(map(_is_aligned, operands))
-        if library is None or not fits:
+        library = self._cutlass(x.device) if lane is not None and lane.sm_cap else None
+        if (
+            lane is None
+            or library is None
+            or not rows
+            or not takes_rows(x.dtype, in_features, out_features)
+            or not all(map(_is_aligned, operands))
+            or not (bias is None or bias.data_ptr() % _ALIGNMENT == 0)
+        ):
             reference.linear(x=x, weight=weight, out=out, bias=bias, residual=residual)
             return
         tile = library.best_tile(rows, out_features, in_features, lane.sm_cap)
-        size = library.workspace_bytes(tile, rows, out_features, in_features, lane.sm_cap)
+        size = library.workspace_bytes(
+            m=rows, n=out_features, k=in_features, tile=tile, sm_count=lane.sm_cap, dtype=x.dtype
+        )
         library.gemm(
             x=x,
             weight=weight,
@@ -656,7 +661,9 @@ class CudaOperations:
 
 
 @functools.cache
-def _built_library() -> Any:
+def _built_library(device: torch.device) -> Any:
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return None
     return importlib.import_module("nf_kernels.cuda.library").load()
 
 

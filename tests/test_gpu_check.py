@@ -1,0 +1,191 @@
+"""`make gpu-check`, rehearsed on the CPU: all of it but the device."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nf_kernels import native_status
+from nf_kernels.ops import OPERATION_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+
+needs_lanes = pytest.mark.skipif(not native_status().available, reason="needs lanes of a CPU")
+
+
+def rehearse(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    result = subprocess.run(
+        [sys.executable, SCRIPTS / "gpu_check.py", "--rehearse", "--out", out, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    text = (out / "rehearsal-on-a-cpu-kernels.json").read_text(encoding="utf-8")
+    return result, json.loads(text)
+
+
+@needs_lanes
+def test_a_rehearsal_runs_every_section(tmp_path: Path) -> None:
+    result, results = rehearse(tmp_path, "--patience", "10", "--budget", "2000")
+    assert result.returncode == 0, result.stdout + result.stderr
+    sections = results["sections"]
+    statuses = {name: section["status"] for name, section in sections.items()}
+    assert statuses.pop("build") == "skipped"
+    assert sections["build"]["reason"] == "a rehearsal builds nothing"
+    other = statuses.pop("other tests")
+    assert other == "done" or sections["other tests"]["reason"].startswith("nf_runtime does not")
+    assert statuses == dict.fromkeys(statuses, "done"), result.stdout
+    functions = results["functions"]
+    assert {f"op/{name}" for name in OPERATION_NAMES} <= set(functions)
+    assert {"gemm/rehearsal_64x64", "lanes/cores", "lanes/shared"} <= set(functions)
+    assert {entry["status"] for entry in functions.values()} == {"measured"}
+    works = {row["work"] for row in sections["curves"]["rows"] if "rate" in row}
+    assert works == {"product", "attention", "copy"}
+    both = [row for row in sections["pairs"]["rows"] if "gain" in row]
+    assert {row["mechanism"] for row in both} >= {"shared"}
+    assert len(results["bars"]) == 6
+    document = (tmp_path / "rehearsal-on-a-cpu-kernels.md").read_text(encoding="utf-8")
+    assert "no number means anything" in document
+    assert "| decode attention, 4 requests of 32 tokens" in document
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+    result, results = rehearse(tmp_path, "--budget", "0")
+    assert result.returncode == 0
+    assert {section["status"] for section in results["sections"].values()} == {"skipped"}
+    reasons = {section["reason"] for section in results["sections"].values()}
+    assert reasons == {"the 0 s of the run were up"}
+
+
+@needs_lanes
+def test_a_section_whose_time_is_up_keeps_what_it_has(tmp_path: Path) -> None:
+    out, roofs = tmp_path / "section.json", tmp_path / "roofs.json"
+    roofs.write_text('{"flops_per_second": 1e11, "bytes_per_second": 1e10}', encoding="utf-8")
+    subprocess.run(
+        [sys.executable, SCRIPTS / "gpu_sections.py", "products", "--out", out, "--rehearse",
+         "--limit", "0", "--roofs", roofs],
+        check=True,
+        timeout=120,
+    )  # fmt: skip
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert (results["status"], results["reason"]) == ("cut", "its 0 s were up")
+
+
+@needs_lanes
+def test_a_section_that_fails_says_why(tmp_path: Path) -> None:
+    out, broken = tmp_path / "section.json", tmp_path / "roofs.json"
+    broken.write_text("{}", encoding="utf-8")
+    process = subprocess.run(
+        [sys.executable, SCRIPTS / "gpu_sections.py", "attention", "--out", out, "--rehearse",
+         "--limit", "60", "--roofs", broken],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 1
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert (results["status"], results["reason"]) == ("failed", "KeyError: 'bytes_per_second'")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+def a_run(scripts: Any, out: Path) -> Any:
+    options = argparse.Namespace(rehearse=True, budget=100.0, patience=1.0, out=out, pytest=[])
+    return scripts("gpu_check").Run(options, "NVIDIA H200")
+
+
+def test_a_command_that_does_not_end_is_ended_with_its_children(
+    scripts: Any, tmp_path: Path
+) -> None:
+    alive = tmp_path / "alive"
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
+    parent = (
+        f"import subprocess, sys; print('begun', flush=True); "
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    run = a_run(scripts, tmp_path)
+    code, last = run.call([sys.executable, "-c", parent], 1.0, quiet=True)
+    assert (code, last) == (None, "begun")
+    run.call([sys.executable, "-c", "import time; time.sleep(4)"], 10)
+    assert not alive.exists()
+
+
+def test_results_are_written_after_each_section_and_a_failure_stays(
+    scripts: Any, tmp_path: Path
+) -> None:
+    run = a_run(scripts, tmp_path)
+    ran = {"gemm/a": {"status": "failed", "detail": {"tests": 3}}}
+    timed = {
+        "gemm/a": {"status": "measured", "detail": {"ratio": 0.9}},
+        "copy": {"status": "measured", "detail": {}},
+    }
+    run.add("kernel tests", {"status": "failed", "reason": "", "rows": [], "functions": ran})
+    path = tmp_path / "nvidia-h200-kernels.json"
+    assert json.loads(path.read_text())["functions"]["gemm/a"]["status"] == "failed"
+    run.add("cutlass", {"status": "done", "reason": "", "rows": [], "functions": timed})
+    results = json.loads(path.read_text())
+    assert results["functions"] == {
+        "gemm/a": {"status": "failed", "detail": {"tests": 3, "ratio": 0.9}},
+        "copy": {"status": "measured", "detail": {}},
+    }
+    assert (results["device"], sorted(results["sections"])) == (
+        "NVIDIA H200",
+        ["cutlass", "kernel tests"],
+    )
+
+
+def test_the_outcomes_of_tests_are_read_by_function(scripts: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_good(record_property): record_property('function', 'op/good')\n"
+        "def test_bad(record_property):\n"
+        "    record_property('function', 'op/bad')\n"
+        "    raise RuntimeError('no')\n"
+        "def test_away(): pytest.skip('not here')\n"
+        "@pytest.mark.parametrize('w', ['nccl-2'])\n"
+        "def test_sum(w): pass\n",
+        encoding="utf-8",
+    )
+    junit = tmp_path / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", "test_it.py"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    found = {
+        name: (function, outcome)
+        for name, function, outcome, _ in scripts("gpu_check")._outcomes(junit)
+    }
+    assert found == {
+        "test_it::test_good": ("op/good", "passed"),
+        "test_it::test_bad": ("op/bad", "failed"),
+        "test_it::test_away": ("", "skipped"),
+        "test_it::test_sum[nccl-2]": ("collectives/nccl", "passed"),
+    }
+
+
+def test_the_bar_of_a_product_is_the_best_rate_of_cublas_over_all(scripts: Any) -> None:
+    def row(product: str, tile: str, rate: float, cublas: float) -> dict[str, Any]:
+        rates = {"flops_per_second": rate, "cublas_flops_per_second": cublas}
+        return {"product": product, "rows": 2048, "tile": tile, "seconds": 1.0, **rates}
+
+    rows = [row("o", "a", 300.0, 400.0), row("o", "b", 450.0, 400.0), row("qkv", "a", 490.0, 500.0)]
+    failed = {"product": "o", "tile": "c", "failed": "CUDA error"}
+    results = {"sections": {"cutlass": {"rows": [*rows, failed]}}}
+    assert [
+        (bar["what"], bar["value"], bar["bar"]) for bar in scripts("gpu_report").bars(results)
+    ] == [
+        ("o, 2048 rows, b, of cuBLAS's best rate", 0.9, 0.9),
+        ("qkv, 2048 rows, a, of cuBLAS's best rate", 0.98, 0.9),
+    ]
