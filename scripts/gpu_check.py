@@ -5,7 +5,7 @@ tests that are marked `gpu`, and measures the kernels: every operation against i
 products against cuBLAS's, and what shares of the device are worth, alone and beside each other. It
 writes docs/measurements/<device>-kernels.json and .md in less than ten minutes: each section has a
 time limit and a process of its own, and the files are written after each, so that a run that is cut
-keeps what it has. What cannot run is in them, with the reason.
+keeps what it has; `--only SECTION` adds to them. What cannot run is in them, with the reason.
 
 Nothing needs to be installed but torch, pytest and what the tests import. Without a CUDA device it
 says so and fails, because nothing was checked; `--rehearse` runs all of it on the CPU, small.
@@ -75,6 +75,16 @@ class Run:
         }
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.stem = options.out / f"{name}-kernels"
+        if options.only:
+            self._continue(self.stem.with_suffix(".json"))
+
+    def _continue(self, path: Path) -> None:
+        """Keep the sections of an earlier run with the same device and torch."""
+        if not path.exists():
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if all(earlier[name] == self.results[name] for name in ("device", "torch", "cuda")):
+            self.results = earlier | {"date": self.results["date"]}
 
     def left(self, section: str) -> float:
         """Seconds for a section."""
@@ -250,7 +260,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder of the measurements")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds, all together")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on sections' limits")
-    parser.add_argument("--only", action="append", choices=LIMITS, help="sections (repeatable)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=LIMITS,
+        help="run this section alone (repeatable) and keep the others of an earlier run",
+    )
     options, options.pytest = parser.parse_known_args(arguments)
     if options.out is None:
         options.out = ROOT / ("build/rehearsal" if options.rehearse else "docs/measurements")
@@ -279,7 +294,7 @@ def main(arguments: list[str]) -> int:
         else:
             run.add(name, measure(run, name, limit))
     print(f"gpu-check: wrote {run.stem}.json and .md")
-    statuses = [result["status"] for result in run.results["sections"].values()]
+    statuses = [run.results["sections"][name]["status"] for name in options.only or LIMITS]
     return 1 if "failed" in statuses else 0
 
 

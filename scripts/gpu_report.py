@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ _TITLES = {
     "roofs": "Roofs",
     "attention": "Attention",
     "products": "Products of the operation set",
-    "cutlass": "CUTLASS tiles",
+    "cutlass": "The CUDA library",
     "curves": "Share curves: one lane",
     "pairs": "Share curves: two lanes beside each other",
     "operations": "Operations",
@@ -30,6 +31,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
     for row in _rows(results, "attention"):
         if "copy_share" in row:
             what = f"decode attention, {row['requests']} requests of {row['tokens']} tokens"
+            what += f" by {row['set']}"
             found.append(
                 {
                     "what": f"{what}, of the copy's bandwidth",
@@ -37,7 +39,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
                     "bar": DECODE_BAR,
                 }
             )
-    timed = [row for row in _rows(results, "cutlass") if "seconds" in row]
+    timed = [row for row in _rows(results, "cutlass") if "cublas_ratio" in row]
     best_cublas = max((row["cublas_flops_per_second"] for row in timed), default=0.0)
     for product in dict.fromkeys(row["product"] for row in timed):
         row = max(
@@ -74,13 +76,15 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.3f}"
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "unit"))
-    yield "| " + " | ".join(name.replace("_", " ") for name in names) + " |"
-    yield "|" + " --- |" * len(names)
-    for row in rows:
-        cells = [_cell(row.get("unit", "") if n == "rate" else n, row.get(n)) for n in names]
-        yield "| " + " | ".join(cells) + " |"
+def _tables(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """A table for each run of rows that have the same columns."""
+    for names, group in itertools.groupby(rows, lambda row: [n for n in row if n != "unit"]):
+        yield "| " + " | ".join(name.replace("_", " ") for name in names) + " |"
+        yield "|" + " --- |" * len(names)
+        for row in group:
+            cells = [_cell(row["unit"] if name == "rate" else name, row[name]) for name in names]
+            yield "| " + " | ".join(cells) + " |"
+        yield ""
 
 
 def markdown(results: dict[str, Any], picture: str | None) -> str:
@@ -111,7 +115,7 @@ def markdown(results: dict[str, Any], picture: str | None) -> str:
         taken = f" ({section['seconds']:.0f} s)" if section.get("seconds") else ""
         lines += [f"{said}{taken}", ""]
         if section.get("rows"):
-            lines += [*_table(section["rows"]), ""]
+            lines += _tables(section["rows"])
     return "\n".join(lines)
 
 

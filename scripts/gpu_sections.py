@@ -26,6 +26,7 @@ from nf_kernels import cost
 from nf_kernels.ops import REFERENCE, AttentionBatch
 
 ELEMENT = 2  # bytes of bfloat16
+MOST_CALLS = 500  # of a lane in one measurement, which the host must be able to launch
 
 
 class Report:
@@ -53,6 +54,11 @@ class Report:
         """Say that a function of the project was run and timed."""
         entry = self.data["functions"].setdefault(function, {"status": "measured", "detail": {}})
         entry["detail"].update(detail)
+
+    def measured_operation(self, bench: Bench, name: str, **detail: Any) -> None:
+        """The same of an operation, if it was that of the device and not plain torch."""
+        if bench.operations is not REFERENCE:
+            self.measured(f"op/{name}", **detail)
 
     def save(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self._started, 1)
@@ -293,7 +299,9 @@ def operations(bench: Bench, report: Report) -> None:
                 how=how,
                 roofline_share=share,
             )
-            report.measured(f"op/{name}", **{f"roofline_share_at_{count}_rows": round(share, 3)})
+            report.measured_operation(
+                bench, name, **{f"roofline_share_at_{count}_rows": round(share, 3)}
+            )
 
 
 # Attention
@@ -351,8 +359,8 @@ def attention(bench: Bench, report: Report) -> None:
             how=how,
             copy_share=share,
         )
-        report.measured(
-            "op/decode_attention", **{f"copy_share_{requests}x{tokens}": round(share, 3)}
+        report.measured_operation(
+            bench, "decode_attention", **{f"copy_share_{requests}x{tokens}": round(share, 3)}
         )
     s, device = bench.sizes, bench.device
     pages = -(-s.prompt // s.page_size)
@@ -393,7 +401,7 @@ def attention(bench: Bench, report: Report) -> None:
         how=how,
         roofline_share=share,
     )
-    report.measured("op/prefill_attention", roofline_share=round(share, 3))
+    report.measured_operation(bench, "prefill_attention", roofline_share=round(share, 3))
 
 
 # Products
@@ -437,12 +445,21 @@ def products(bench: Bench, report: Report) -> None:
                 flops_per_second=work.flops / seconds,
                 roofline_share=share,
             )
-            report.measured("op/linear", **{f"roofline_share_{name}_{count}": round(share, 3)})
+            report.measured_operation(
+                bench, "linear", **{f"roofline_share_{name}_{count}": round(share, 3)}
+            )
 
 
 def cutlass(bench: Bench, report: Report) -> None:
-    """Every tile on every product of a layer at many rows, against cuBLAS's best rate."""
+    """Our copy, and every tile on every product of a layer at many rows, against cuBLAS."""
     library = bench.library()
+    size = bench.sizes.copy_bytes
+    source = torch.empty(size, dtype=torch.uint8, device=bench.device).random_()
+    seconds, how = bench.seconds([partial(library.copy, source, torch.empty_like(source))])
+    share = 2 * size / seconds / report.roofs["bytes_per_second"]
+    report.row(kernel="copy", bytes=size, seconds=seconds, how=how, copy_share=share)
+    report.measured("copy", copy_share=round(share, 3))
+    del source
     count = bench.sizes.many_rows
     for name, (inner, outer) in bench.sizes.model.items():
         operands = _product(bench, count, (inner, outer))
@@ -595,7 +612,8 @@ def _pair(
         for name, lane in zip(names, made, strict=False):
             sms = max(1, round(lane.share * bench.units))
             # As many as keep a lane with its share busy for the time of a measurement.
-            count = max(1, round(bench.sizes.lane_seconds / alone[name] * sms / bench.units))
+            needed = bench.sizes.lane_seconds / alone[name] * sms / bench.units
+            count = min(max(1, round(needed)), MOST_CALLS)
             makers = works[name][0]
             ready = [make(sms) for make in makers]
             calls.append([ready[i % len(ready)] for i in range(count)])

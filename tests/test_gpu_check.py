@@ -47,7 +47,7 @@ def test_a_rehearsal_runs_every_section(tmp_path: Path) -> None:
     assert statuses == dict.fromkeys(statuses, "done"), result.stdout
     functions = results["functions"]
     assert {f"op/{name}" for name in OPERATION_NAMES} <= set(functions)
-    assert {"gemm/rehearsal_64x64", "lanes/cores", "lanes/shared"} <= set(functions)
+    assert {"gemm/rehearsal_64x64", "copy", "lanes/cores", "lanes/shared"} <= set(functions)
     assert {entry["status"] for entry in functions.values()} == {"measured"}
     works = {row["work"] for row in sections["curves"]["rows"] if "rate" in row}
     assert works == {"product", "attention", "copy"}
@@ -103,8 +103,10 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def a_run(scripts: Any, out: Path) -> Any:
-    options = argparse.Namespace(rehearse=True, budget=100.0, patience=1.0, out=out, pytest=[])
+def a_run(scripts: Any, out: Path, *, only: list[str] | None = None) -> Any:
+    options = argparse.Namespace(
+        rehearse=True, budget=100.0, patience=1.0, out=out, pytest=[], only=only
+    )
     return scripts("gpu_check").Run(options, "NVIDIA H200")
 
 
@@ -142,10 +144,13 @@ def test_results_are_written_after_each_section_and_a_failure_stays(
         "gemm/a": {"status": "failed", "detail": {"tests": 3, "ratio": 0.9}},
         "copy": {"status": "measured", "detail": {}},
     }
-    assert (results["device"], sorted(results["sections"])) == (
-        "NVIDIA H200",
-        ["cutlass", "kernel tests"],
-    )
+    assert (results["device"], len(results["sections"])) == ("NVIDIA H200", 2)
+    again = a_run(scripts, tmp_path, only=["pairs"])
+    again.add("pairs", {"status": "done", "reason": "", "rows": []})
+    assert list(json.loads(path.read_text())["sections"]) == ["kernel tests", "cutlass", "pairs"]
+    anew = a_run(scripts, tmp_path)
+    anew.add("pairs", {"status": "done", "reason": "", "rows": []})
+    assert list(json.loads(path.read_text())["sections"]) == ["pairs"]
 
 
 def test_the_outcomes_of_tests_are_read_by_function(scripts: Any, tmp_path: Path) -> None:
@@ -178,11 +183,20 @@ def test_the_outcomes_of_tests_are_read_by_function(scripts: Any, tmp_path: Path
 def test_the_bar_of_a_product_is_the_best_rate_of_cublas_over_all(scripts: Any) -> None:
     def row(product: str, tile: str, rate: float, cublas: float) -> dict[str, Any]:
         rates = {"flops_per_second": rate, "cublas_flops_per_second": cublas}
-        return {"product": product, "rows": 2048, "tile": tile, "seconds": 1.0, **rates}
+        return {
+            "product": product,
+            "rows": 2048,
+            "tile": tile,
+            "cublas_ratio": rate / cublas,
+            **rates,
+        }
 
     rows = [row("o", "a", 300.0, 400.0), row("o", "b", 450.0, 400.0), row("qkv", "a", 490.0, 500.0)]
-    failed = {"product": "o", "tile": "c", "failed": "CUDA error"}
-    results = {"sections": {"cutlass": {"rows": [*rows, failed]}}}
+    others = [
+        {"product": "o", "tile": "c", "failed": "CUDA error"},
+        {"kernel": "copy", "seconds": 1},
+    ]
+    results = {"sections": {"cutlass": {"rows": [*others, *rows]}}}
     assert [
         (bar["what"], bar["value"], bar["bar"]) for bar in scripts("gpu_report").bars(results)
     ] == [

@@ -6,10 +6,11 @@ from triton.language.extra import cuda
 
 
 @triton.jit
-def probe(out, SPIN: tl.constexpr):
-    """Write the hardware number of the SM, after keeping it busy for SPIN steps."""
+def probe(sms, spun, SPIN: tl.constexpr):
+    """Write the hardware number of the SM, and keep it busy for SPIN steps, which are written."""
     block = tl.program_id(0)
-    spun = block
+    value = block
     for _ in range(SPIN):
-        spun = (spun * 1664525 + 1013904223) & 0x7FFFFFFF
-    tl.store(out + block, tl.where(spun >= 0, cuda.smid(), -1))
+        value = (value * 1664525 + 1013904223) & 0x7FFFFFFF
+    tl.store(sms + block, cuda.smid())
+    tl.store(spun + block, value)

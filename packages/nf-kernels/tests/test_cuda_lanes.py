@@ -184,7 +184,7 @@ def outer(monkeypatch) -> Stream:
     for name, value in {
         "is_available": lambda: True,
         "current_device": lambda: 0,
-        "init": lambda: None,
+        "synchronize": lambda device: None,
         "get_device_properties": lambda device: properties,
         "Stream": Stream,
         "ExternalStream": Stream,

@@ -230,6 +230,7 @@ def test_without_flashinfer_an_operation_says_what_to_install(monkeypatch):
 
 def test_a_device_without_flashinfer_computes_in_plain_torch_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda._find_flashinfer.cache_clear()
     ops._say_once.cache_clear()
@@ -249,11 +250,18 @@ def test_a_device_without_flashinfer_computes_in_plain_torch_and_says_so_once(mo
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), CUDA), ((7, 5), REFERENCE)])
 def test_flashinfer_is_used_from_ampere_on(monkeypatch, capability, expected):
     monkeypatch.setitem(sys.modules, "flashinfer", STAND_IN)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     cuda._find_flashinfer.cache_clear()
     assert ops.load("cuda") is expected
     cuda._find_flashinfer.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_device_plain_torch_is_given():
+    assert ops.load("cuda") is REFERENCE
+    assert cuda.missing(torch.device("cuda")).endswith("finds no CUDA device")
 
 
 def test_importing_the_operations_imports_nothing_of_cuda():
@@ -265,6 +273,29 @@ def test_importing_the_operations_imports_nothing_of_cuda():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_the_stand_in_has_the_arguments_of_flashinfer():
+    real = pytest.importorskip("flashinfer")
+
+    def functions(module):
+        wrapper = module.BatchPrefillWithPagedKVCacheWrapper
+        return {
+            "rmsnorm": module.norm.rmsnorm,
+            "fused_add_rmsnorm": module.norm.fused_add_rmsnorm,
+            "silu_and_mul": module.activation.silu_and_mul,
+            "rope": module.rope.apply_rope_with_cos_sin_cache_inplace,
+            "append": module.page.append_paged_kv_cache,
+            "wrapper": wrapper.__init__,
+            "plan": wrapper.plan,
+            "run": wrapper.run,
+        }
+
+    of_real = functions(real)
+    for name, function in functions(STAND_IN).items():
+        mine = inspect.signature(function).parameters.values()
+        by_name = {p.name: None for p in mine if p.kind is p.KEYWORD_ONLY}
+        inspect.signature(of_real[name]).bind(*[None] * (len(mine) - len(by_name)), **by_name)
 
 
 # Which implementation, by shape

@@ -182,7 +182,7 @@ class CudaRuntime:
     def divide(self, device: int) -> SmGroups:
         """As `Runtime.divide`."""
         driver = _driver()
-        torch.cuda.init()
+        torch.cuda.synchronize(device)  # there is a primary context from here on
         kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
         handle = _call("cuDeviceGet", device)
         whole = _call("cuDeviceGetDevResource", handle, kind)

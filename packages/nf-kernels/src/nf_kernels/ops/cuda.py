@@ -95,6 +95,8 @@ def _find_flashinfer() -> tuple[Any, str]:
 
 def missing(device: torch.device) -> str:
     """Why the CUDA operations cannot be used on a device; empty where they can."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return _find_flashinfer()[1]
