@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +48,21 @@ LIMITS = {
     "operations": 60,
     "other tests": 120,
 }
+
+# Says "built", "to build", or what is missing to do so.
+LIBRARY_PROBE = """
+from nf_kernels.cuda import library
+from nf_kernels.cuda.toolchain import find_toolchain
+
+if library.status().available:
+    print("built")
+else:
+    try:
+        find_toolchain()
+        print("to build")
+    except RuntimeError as error:
+        print(f"missing: {error}")
+"""
 
 
 class Run:
@@ -139,10 +153,11 @@ def build(run: Run, limit: float) -> dict[str, Any]:
     """Build the CUDA library."""
     if run.rehearse:
         return skipped("a rehearsal builds nothing")
-    if not (ROOT / "packages/nf-kernels/src/nf_kernels/cuda/build.py").exists():
-        return skipped("there are no sources of the CUDA library")
-    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
-        return skipped("there is no nvcc")
+    code, said = run.call([sys.executable, "-c", LIBRARY_PROBE], 60, quiet=True)
+    if code or said.startswith("missing: "):
+        return skipped(said.removeprefix("missing: "))
+    if said == "built":
+        return {"status": "done", "reason": "it was built already"}
     code, _ = run.call([sys.executable, "-m", "nf_kernels.cuda.build"], limit)
     if code is None:
         return {"status": "cut", "reason": f"not built after {limit:.0f} s"}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,84 @@ def test_the_bar_of_a_product_is_the_best_rate_of_cublas_over_all(scripts: Any) 
         ("o, 2048 rows, b, of cuBLAS's best rate", 0.9, 0.9),
         ("qkv, 2048 rows, a, of cuBLAS's best rate", 0.98, 0.9),
     ]
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_device_is_timed_by_replaying_a_graph_where_calls_can_be_captured(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, capturable: bool
+) -> None:
+    import torch
+
+    done: list[str] = []
+    now = [0.0]
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+            now[0] += 6.0
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: Stream) -> Iterator[None]:
+        yield
+        if not capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def call() -> None:
+        done.append("call")
+        now[0] += 5.0
+
+    for name, value in {
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: Stream(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    bench = object.__new__(scripts("gpu_bench").Bench)
+    bench.device = torch.device("cuda")
+    bench._deadline = float("inf")
+    measured = bench.seconds([call, call, call], repeats=4)
+    assert measured == ((2.0, "graph") if capturable else (5.0, "eager"))
+    assert done.count("replay") == (5 if capturable else 0)
+    assert bench.seconds([call], graph=False) == (5.0, "eager")
+
+
+@pytest.mark.parametrize(("said", "code", "expected"), [
+    ("built", 0, {"status": "done", "reason": "it was built already"}),
+    ("missing: no nvcc on the PATH", 0, {"status": "skipped", "reason": "no nvcc on the PATH"}),
+    ("ImportError: no", 1, {"status": "skipped", "reason": "ImportError: no"}),
+    ("to build", 0, {"status": "done", "reason": ""}),
+])  # fmt: skip
+def test_the_library_is_built_where_it_is_wanted_and_can_be(
+    scripts: Any, tmp_path: Path, said: str, code: int, expected: dict[str, str]
+) -> None:
+    run = a_run(scripts, tmp_path)
+    run.rehearse = False
+    commands = []
+
+    def call(command: list[str], limit: float, *, quiet: bool = False) -> tuple[int, str]:
+        commands.append(command[1:])
+        return (code, said) if command[1] == "-c" else (0, "")
+
+    run.call = call
+    assert scripts("gpu_check").build(run, 100.0) == expected
+    assert (["-m", "nf_kernels.cuda.build"] in commands) == (said == "to build")

@@ -566,6 +566,22 @@ def test_two_plans_of_one_iteration_do_not_share_a_wrapper(stood_in, paged_case)
     stood_in.prepare([])
 
 
+def test_a_wrapper_is_not_planned_again_before_the_device_has_read_its_last_plan(paged_case):
+    operations = cuda.CudaOperations(library=lambda: STAND_IN, device_type="cpu")
+    arguments = decode_call(paged_case)
+    idle = operations._streams.current(arguments["q"].device).idle.setdefault("fa2", [])
+    operations.decode_attention(**arguments)
+    (first,) = idle
+    read = False
+    first.staged = SimpleNamespace(query=lambda: read)
+    operations.decode_attention(**arguments)
+    assert len(idle) == 2
+    idle[1].staged = first.staged
+    read = True
+    operations.decode_attention(**arguments)
+    assert len(idle) == 2
+
+
 @pytest.mark.parametrize(("name", "values", "message"), [
     ("query_start", [0, 2, 4], "query_start runs from 0 to 4; expected 0 to 3, the rows of q"),
     ("query_start", [1, 2, 3], "query_start runs from 1 to 3; expected 0 to 3"),
