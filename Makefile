@@ -55,7 +55,7 @@ test-long: setup ## Run the tests that take long: soak, many kill rounds, all ke
 	$(PYTEST) -m 'long and not gpu' --timeout=7200 $(ARGS)
 
 .PHONY: gpu-check
-gpu-check: ## Run the tests that need a CUDA device, with the Python at hand (PYTHON=)
+gpu-check: ## Check and measure what needs a CUDA device, with the Python at hand (PYTHON=, ARGS=--rehearse)
 	@"$${PYTHON:-$$(if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo python3; fi)}" scripts/gpu_check.py $(ARGS)
 
 .PHONY: lint

@@ -54,7 +54,7 @@ def test_shares_that_are_none_are_refused(shares):
 
 
 def test_another_device_is_refused():
-    with pytest.raises(ValueError, match="device is 'meta'; lanes exist on cpu"):
+    with pytest.raises(ValueError, match="device is 'meta'; lanes exist on cpu and cuda"):
         lanes.partition("meta", [1])
 
 
@@ -70,7 +70,7 @@ def test_more_lanes_than_cores_share_cores_and_say_so():
     assert {lane.units for lane in many} == {(core,) for core in CORES}
     assert not many[0].exclusive
     assert not many[-1].exclusive
-    together = lanes.partition("cpu", [1, 1], exclusive=False)
+    together = lanes.partition("cpu", [1, 1], mechanism="shared")
     assert all(lane.units == tuple(CORES) and not lane.exclusive for lane in together)
     for lane in (*many, *together):
         lane.close()

@@ -107,3 +107,52 @@ def test_deterministic_is_refused_where_it_cannot_be_kept(tiny_checkpoint: Any) 
             native_kernels=False,
             deterministic=True,
         )
+
+
+def test_index_arrays_of_attention_are_announced_with_their_copies_on_the_host(
+    tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = ops.load("cpu")
+    announced: dict[tuple[int, ...], ops.AttentionBatch] = {}
+    attended = Counter[str]()
+
+    def key(arrays: dict[str, Any]) -> tuple[int, ...]:
+        names = ("page_table", "seq_lens", "query_start")
+        return tuple(arrays[n].data_ptr() for n in names if arrays.get(n) is not None)
+
+    def prepare(batches: Any) -> None:
+        announced.clear()
+        for batch in batches:
+            arrays = {n: getattr(batch, n) for n in ("page_table", "seq_lens", "query_start")}
+            announced[key(arrays)] = batch
+
+    def attention(name: str) -> Any:
+        def call(**arguments: Any) -> None:
+            batch = announced[key(arguments)]
+            assert batch.host_page_table is not None
+            assert batch.host_page_table.equal(arguments["page_table"])
+            seq_lens, query_start = batch.on_host()
+            assert seq_lens.equal(arguments["seq_lens"])
+            assert query_start[-1] == len(arguments["q"])
+            attended[name] += 1
+            inner[name](**arguments)
+
+        return call
+
+    functions = {n: attention(n) if n.endswith("_attention") else inner[n] for n in inner}
+    functions["merge_attention"] = inner["merge_attention"]
+    announcing = ops.OperationSet(
+        name=inner.name,
+        functions=functions,
+        invariant=inner.invariant,
+        pack=inner.pack,
+        scratch={n: lambda n=n, **shape: inner.scratch_bytes(n, **shape) for n in inner},
+        prepare=prepare,
+    )
+    monkeypatch.setattr(ops, "load", lambda device, native=True: announcing)
+    llm = LLM(tiny_checkpoint("llama3"), skip_tokenizer_init=True, max_num_batched_tokens=32)
+    prompts = [{"prompt_token_ids": list(range(n, 2 * n))} for n in (5, 40, 90)]
+    llm.generate(prompts, GREEDY)
+    llm.shutdown()
+    assert attended["decode_attention"] > 20
+    assert attended["prefill_attention"] > 4

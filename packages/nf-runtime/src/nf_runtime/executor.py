@@ -140,6 +140,7 @@ class Executor:
         staged = stage(
             batch, page_tables, self._page_size, rows, self._last_sampled, device=self._device
         )
+        self._operations.prepare(staged.attention)
         arguments = self._arguments(staged)
         edges = {name: self._view(name, Rows.ALL, staged) for name in self._edges}
         self._run(self._prologue, arguments, staged)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nf_kernels.ops import AttentionBatch
 from nf_runtime.graph import BatchInput, Rows
 from nf_scheduler import Batch
 
@@ -19,12 +20,15 @@ class StagedBatch:
         num_tokens: All rows.
         num_selected: Rows whose logits are wanted.
         inputs: Arrays by what operations call them.
+        attention: Those of the decodes and of the prefills, where there are any, with their copies
+            in host memory.
     """
 
     num_decodes: int
     num_tokens: int
     num_selected: int
     inputs: dict[BatchInput, Tensor]
+    attention: list[AttentionBatch]
 
     def row_range(self, rows: Rows) -> tuple[int, int]:
         """First row and end of a token range."""
@@ -69,26 +73,53 @@ def stage(
     selected = np.concatenate((sampled_rows, prompt_rows))
     split = batch.num_decodes
 
+    def on_host(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+
     def put(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device)
+        return on_host(array, dtype).to(device)
 
     token_ids = put(batch.token_ids, np.int64)
     if (batch.token_ids < 0).any():
         slots = put(batch.slots[request_of_row], np.int64)
         token_ids = torch.where(token_ids < 0, last_sampled[slots], token_ids)
+    inputs = {
+        BatchInput.TOKEN_IDS: token_ids,
+        BatchInput.POSITIONS: put(positions, np.int64),
+        BatchInput.SLOTS: put(pages * page_size + positions % page_size, np.int64),
+        BatchInput.DECODE_PAGE_TABLE: put(page_tables[:split], np.int32),
+        BatchInput.DECODE_SEQ_LENS: put(seq_lens[:split], np.int32),
+        BatchInput.PREFILL_PAGE_TABLE: put(page_tables[split:], np.int32),
+        BatchInput.PREFILL_QUERY_START: put(batch.query_start[split:] - split, np.int32),
+        BatchInput.PREFILL_SEQ_LENS: put(seq_lens[split:], np.int32),
+        BatchInput.SELECTED_ROWS: put(selected, np.int64),
+    }
+    tables, totals = on_host(page_tables, np.int32), on_host(seq_lens, np.int32)
+    attention = []
+    if split:
+        attention.append(
+            AttentionBatch(
+                inputs[BatchInput.DECODE_PAGE_TABLE],
+                inputs[BatchInput.DECODE_SEQ_LENS],
+                host_page_table=tables[:split],
+                host_seq_lens=totals[:split],
+            )
+        )
+    if split < len(batch):
+        attention.append(
+            AttentionBatch(
+                inputs[BatchInput.PREFILL_PAGE_TABLE],
+                inputs[BatchInput.PREFILL_SEQ_LENS],
+                inputs[BatchInput.PREFILL_QUERY_START],
+                host_page_table=tables[split:],
+                host_seq_lens=totals[split:],
+                host_query_start=on_host(batch.query_start[split:] - split, np.int32),
+            )
+        )
     return StagedBatch(
         num_decodes=split,
         num_tokens=batch.num_tokens,
         num_selected=len(selected),
-        inputs={
-            BatchInput.TOKEN_IDS: token_ids,
-            BatchInput.POSITIONS: put(positions, np.int64),
-            BatchInput.SLOTS: put(pages * page_size + positions % page_size, np.int64),
-            BatchInput.DECODE_PAGE_TABLE: put(page_tables[:split], np.int32),
-            BatchInput.DECODE_SEQ_LENS: put(seq_lens[:split], np.int32),
-            BatchInput.PREFILL_PAGE_TABLE: put(page_tables[split:], np.int32),
-            BatchInput.PREFILL_QUERY_START: put(batch.query_start[split:] - split, np.int32),
-            BatchInput.PREFILL_SEQ_LENS: put(seq_lens[split:], np.int32),
-            BatchInput.SELECTED_ROWS: put(selected, np.int64),
-        },
+        inputs=inputs,
+        attention=attention,
     )

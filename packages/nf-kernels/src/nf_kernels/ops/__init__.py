@@ -5,11 +5,16 @@ ranges, and returns nothing. Shapes use T tokens (rows), D hidden size, H query 
 heads, d head size, F feed-forward size, E experts, P pages of a request.
 """
 
+import functools
+import logging
+
 import torch
 
 from nf_kernels.native import native_module
-from nf_kernels.ops import cpu, packing, reference
-from nf_kernels.ops.operation_set import OPERATION_NAMES, OperationSet
+from nf_kernels.ops import cpu, cuda, packing, reference
+from nf_kernels.ops.operation_set import OPERATION_NAMES, AttentionBatch, OperationSet
+
+_log = logging.getLogger(__name__)
 
 REFERENCE = OperationSet(
     name="reference",
@@ -32,17 +37,40 @@ CPU = OperationSet(
 )
 """C++ on a CPU, where the extension is there."""
 
+_cuda = cuda.CudaOperations()
+
+CUDA = OperationSet(
+    name="cuda",
+    functions=_cuda.functions(),
+    invariant=cuda.INVARIANT,
+    pack=lambda weight: weight,
+    scratch={},
+    prepare=_cuda.prepare,
+)
+"""FlashInfer, cuBLAS and CUTLASS on a CUDA device, where FlashInfer is there."""
+
 
 def load(device: torch.device | str, *, native: bool = True) -> OperationSet:
     """Give the fastest operation set that works on a device.
 
     Args:
         device: Where the tensors are.
-        native: False keeps to plain torch, the slow twin of the native kernels.
+        native: False keeps to plain torch, the slow twin of the others.
     """
-    if not native or torch.device(device).type != "cpu" or native_module() is None:
-        return REFERENCE
-    return CPU
+    device = torch.device(device)
+    if native and device.type == "cpu" and native_module() is not None:
+        return CPU
+    if native and device.type == "cuda":
+        reason = cuda.missing(device)
+        if not reason:
+            return CUDA
+        _say_once(reason)
+    return REFERENCE
 
 
-__all__ = ["CPU", "OPERATION_NAMES", "REFERENCE", "OperationSet", "load"]
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.info("CUDA operations run in plain torch: %s.", reason)
+
+
+__all__ = ["CPU", "CUDA", "OPERATION_NAMES", "REFERENCE", "AttentionBatch", "OperationSet", "load"]

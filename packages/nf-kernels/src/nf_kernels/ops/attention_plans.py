@@ -1,0 +1,282 @@
+"""FlashInfer's plans of attention over pages: made once for a batch, run in every layer.
+
+FlashInfer cuts the work of a batch into pieces on the host, in `plan`, before `run` starts a
+kernel. A plan depends on lengths, pages and head sizes, not on the layer, so an iteration needs
+one for each set of index arrays and each window, not one for each layer. Its entry points without
+a plan do not fit: `xqa` has neither a soft cap nor the logarithm of the sum, and gives each request
+and KV head one block however long the request is; `BatchAttention` has a plan too, which waits for
+the whole device, and no window; the rest is for later architectures.
+
+Index arrays could be recognized by their address, but their owner may write new numbers to the
+same memory. So a plan is kept only for arrays that `prepare` has announced, which must not change
+until it is called again; for others it is made at each call.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nf_kernels.lanes.cuda import CudaLane, current_lane
+from nf_kernels.ops.operation_set import AttentionBatch
+
+# What FlashInfer's split of long sequences writes between its two steps. It wants
+# heads * head_dim * 4 bytes for each row of each piece: 140 MB for 64 heads of 256 on 132 SMs.
+WORKSPACE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a plan is made for, besides the index arrays.
+
+    Attributes:
+        backend: FlashInfer's, `fa2` or `auto`.
+        heads: Query heads.
+        kv_heads: Heads of K and V.
+        head_dim: Elements of a head.
+        page_size: Tokens of a page.
+        dtype: Of queries and cache.
+        scale: Factor on the scores.
+        window: Keys a query sees, itself included; 0 means all.
+        soft_cap: As `reference.prefill_attention`.
+    """
+
+    backend: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    scale: float
+    window: int
+    soft_cap: float
+
+
+class _Event(Protocol):
+    def query(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Wrapper:
+    """A FlashInfer wrapper, and when the device has read what its last plan staged on the host."""
+
+    flashinfer: Any
+    staged: _Event | None = None
+
+
+@dataclass(slots=True)
+class StreamState:
+    """Memory of the operations that run one after the other on a stream.
+
+    Attributes:
+        idle: Wrappers that no announced batch uses, by backend.
+        buffers: Memory by name, grown to the largest request.
+    """
+
+    idle: dict[str, list[_Wrapper]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def buffer(self, name: str, size: int, device: torch.device) -> Tensor:
+        """Memory of at least `size` bytes, zero when it is new: uint8 [size]."""
+        kept = self.buffers.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self.buffers[name] = torch.zeros(size, dtype=torch.uint8, device=device)
+        return kept[:size]
+
+
+class StreamStates:
+    """The state of each stream; that of a lane goes with the lane."""
+
+    def __init__(self) -> None:
+        self._of_lanes: weakref.WeakKeyDictionary[CudaLane, StreamState] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._of_streams: dict[tuple[torch.device, int], StreamState] = {}
+
+    def current(self, device: torch.device) -> StreamState:
+        """That of the stream which this thread's operations on the device go to."""
+        lane = current_lane()
+        if lane is not None:
+            return self._of_lanes.setdefault(lane, StreamState())
+        key = (
+            device,
+            torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+        )
+        return self._of_streams.setdefault(key, StreamState())
+
+
+_Key = tuple[tuple[int, ...], ...]
+
+
+def _key(page_table: Tensor, seq_lens: Tensor, query_start: Tensor | None) -> _Key:
+    return tuple(
+        (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+        for tensor in (page_table, seq_lens, query_start)
+        if tensor is not None
+    )
+
+
+class AttentionPlans:
+    """Plans for announced index arrays, and for others one at a time.
+
+    Safe for several threads, as long as each runs on a stream of its own.
+    """
+
+    def __init__(self, flashinfer: Callable[[], Any], streams: StreamStates) -> None:
+        """Keep no plans yet.
+
+        Args:
+            flashinfer: Gives the module.
+            streams: Where workspaces and wrappers are kept.
+        """
+        self._flashinfer = flashinfer
+        self._streams = streams
+        self._lock = threading.Lock()
+        self._announced: dict[_Key, AttentionBatch] = {}
+        self._planned: dict[tuple[_Key, AttentionShape, int], tuple[StreamState, _Wrapper]] = {}
+
+    def prepare(self, batches: Sequence[AttentionBatch]) -> None:
+        """As `OperationSet.prepare`."""
+        with self._lock:
+            for (_, shape, _), (state, wrapper) in self._planned.items():
+                state.idle.setdefault(shape.backend, []).append(wrapper)
+            self._planned.clear()
+            # The batches are kept, so that nothing else can get their addresses.
+            self._announced = {_key(b.page_table, b.seq_lens, b.query_start): b for b in batches}
+
+    @contextmanager
+    def planned(
+        self,
+        shape: AttentionShape,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor | None,
+        *,
+        num_pages: int,
+        rows: int,
+    ) -> Iterator[Any]:
+        """A wrapper that is ready to run.
+
+        Args:
+            shape: What to plan for.
+            page_table: int32 [R, P], R at least 1.
+            seq_lens: int32 [R].
+            query_start: int32 [R + 1], or None for one query of each request.
+            num_pages: Pages of the cache.
+            rows: Queries.
+
+        Raises:
+            ValueError: Lengths, queries and pages do not fit together.
+        """
+        key = _key(page_table, seq_lens, query_start)
+        state = self._streams.current(page_table.device)
+        with self._lock:
+            batch = self._announced.get(key)
+            found = self._planned.get((key, shape, id(state)))
+            if found is not None:
+                wrapper = found[1]
+            else:
+                wrapper = self._idle(state, shape.backend, page_table.device)
+        if found is None:
+            arrays = batch or AttentionBatch(page_table, seq_lens, query_start)
+            self._plan(wrapper, shape, arrays, num_pages=num_pages, rows=rows)
+            if batch is not None:
+                with self._lock:
+                    self._planned[key, shape, id(state)] = state, wrapper
+        yield wrapper.flashinfer
+        if batch is None:
+            with self._lock:
+                state.idle.setdefault(shape.backend, []).append(wrapper)
+
+    def _idle(self, state: StreamState, backend: str, device: torch.device) -> _Wrapper:
+        """A wrapper whose host memory the device has done reading; a new one rather than wait."""
+        idle = state.idle.setdefault(backend, [])
+        for i, wrapper in enumerate(idle):
+            if wrapper.staged is None or wrapper.staged.query():
+                return idle.pop(i)
+        workspace = state.buffer("attention", WORKSPACE_BYTES, device)
+        return _Wrapper(
+            self._flashinfer().BatchPrefillWithPagedKVCacheWrapper(
+                workspace, kv_layout="HND", backend=backend
+            )
+        )
+
+    def _plan(
+        self,
+        wrapper: _Wrapper,
+        shape: AttentionShape,
+        batch: AttentionBatch,
+        *,
+        num_pages: int,
+        rows: int,
+    ) -> None:
+        seq_lens, query_start = batch.on_host()
+        _check_lengths(seq_lens, query_start, batch.page_table.shape[1] * shape.page_size, rows)
+        pages = (seq_lens + shape.page_size - 1) // shape.page_size
+        indptr = torch.zeros(len(pages) + 1, dtype=torch.int32)
+        torch.cumsum(pages, dim=0, out=indptr[1:])
+        # Entries of the table past the end of a request may hold anything and are left out.
+        indices = _used_entries(batch, pages, int(indptr[-1]), num_pages)
+        wrapper.flashinfer.plan(
+            query_start,
+            indptr,
+            indices,
+            seq_lens - (pages - 1) * shape.page_size,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            causal=True,
+            sm_scale=shape.scale,
+            window_left=shape.window - 1 if shape.window else -1,
+            logits_soft_cap=shape.soft_cap,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+            max_token_per_sequence=int(query_start.diff().max()),
+        )
+        if batch.page_table.is_cuda:
+            staged = torch.cuda.Event()
+            staged.record()
+            wrapper.staged = staged
+
+
+def _check_lengths(seq_lens: Tensor, query_start: Tensor, most: int, rows: int) -> None:
+    if int(query_start[0]) != 0 or int(query_start[-1]) != rows:
+        raise ValueError(
+            f"query_start runs from {int(query_start[0])} to {int(query_start[-1])}; "
+            f"expected 0 to {rows}, the rows of q"
+        )
+    counts = query_start.diff()
+    wrong = ((counts < 1) | (seq_lens < counts) | (seq_lens > most)).nonzero()
+    if len(wrong):
+        request = int(wrong[0])
+        raise ValueError(
+            f"request {request} has {int(counts[request])} queries by query_start and "
+            f"{int(seq_lens[request])} tokens by seq_lens; expected at least 1 query, no more "
+            f"queries than tokens, and at most {most} tokens, the page_table's width"
+        )
+
+
+def _used_entries(batch: AttentionBatch, pages: Tensor, total: int, num_pages: int) -> Tensor:
+    """The table's entries that are in use, request by request: int32 [total]."""
+    if batch.host_page_table is None:
+        # On the device, where the table is: its entries are not seen here and not checked.
+        table = batch.page_table
+        used = torch.arange(table.shape[1]) < pages.unsqueeze(1)
+        where = used.flatten().nonzero().squeeze(1).to(table.device, non_blocking=True)
+        return table.reshape(-1).index_select(0, where)
+    table = batch.host_page_table
+    entries = table[torch.arange(table.shape[1]) < pages.unsqueeze(1)]
+    wrong = ((entries < 0) | (entries >= num_pages)).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"page_table has {int(entries[wrong[0]])} in use; expected 0 to {num_pages - 1}"
+        )
+    return entries
