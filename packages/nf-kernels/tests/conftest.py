@@ -19,10 +19,10 @@ SENTINEL = -777.0  # what stands beside an output that is a view; must stay
 def assert_close(
     actual: Tensor, expected: Tensor, *, atol: float = 5e-6, rtol: float = 5e-6
 ) -> None:
-    """Compare a result with the same computed in float32: one rounding to its dtype may differ."""
+    """Compare a result with the same computed in float64: one rounding to its dtype may differ."""
     unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[actual.dtype]
     torch.testing.assert_close(
-        actual.float(), expected.float(), rtol=rtol + unit, atol=atol, equal_nan=True
+        actual.double(), expected.double(), rtol=rtol + unit, atol=atol, equal_nan=True
     )
 
 
@@ -51,10 +51,10 @@ class PagedCase:
     values: list[Tensor]
     pad: int
 
-    def as_float32(self) -> dict[str, Any]:
-        """The same values computed and written in float32, without views."""
+    def as_float64(self) -> dict[str, Any]:
+        """The same values computed and written in float64, without views."""
         wide = {
-            name: value.to(torch.float32, copy=True).contiguous()
+            name: value.to(torch.float64, copy=True).contiguous()
             for name, value in self.arguments.items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }

@@ -463,7 +463,7 @@ def test_attention(
     queries = [1] * len(queries) if decode else queries
     case = paged_case(query_lens=queries, context_lens=contexts, **sizes)
     name = "decode_attention" if decode else "prefill_attention"
-    given_arguments = (case.arguments, case.as_float32())
+    given_arguments = (case.arguments, case.as_float64())
     if decode:
         for arguments in given_arguments:
             del arguments["query_start"]

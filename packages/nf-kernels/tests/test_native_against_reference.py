@@ -34,8 +34,8 @@ def test_rms_norm(
     weight = torch.randn(width).to(dtype)
     out = row_view(torch.zeros(t, width, dtype=dtype), pad)
     native["rms_norm"](x=x, weight=weight, eps=1e-5, out=out)
-    expected = torch.empty(t, width)
-    REFERENCE["rms_norm"](x=x.float(), weight=weight.float(), eps=1e-5, out=expected)
+    expected = torch.empty(t, width, dtype=torch.float64)
+    REFERENCE["rms_norm"](x=x.double(), weight=weight.double(), eps=1e-5, out=expected)
     assert_close(out, expected)
     assert_only_view_written(out, pad)
 
@@ -47,8 +47,8 @@ def test_swiglu(native, assert_close, row_view, assert_only_view_written, t, wid
     gate_up = row_view(5 * torch.randn(t, 2 * width).to(dtype), pad)
     out = row_view(torch.zeros(t, width, dtype=dtype), pad)
     native["swiglu"](gate_up=gate_up, out=out)
-    expected = torch.empty(t, width)
-    REFERENCE["swiglu"](gate_up=gate_up.float(), out=expected)
+    expected = torch.empty(t, width, dtype=torch.float64)
+    REFERENCE["swiglu"](gate_up=gate_up.double(), out=expected)
     assert_close(out, expected)
     assert_only_view_written(out, pad)
 
@@ -135,15 +135,15 @@ def test_rope_append(
     native["rope_append"](**arguments, k_cache=k_cache, v_cache=v_cache, out=out)
 
     wide = {
-        n: a.float() if n in {"qkv", "q_norm", "k_norm"} and a is not None else a
+        n: a.double() if n in {"qkv", "q_norm", "k_norm"} and a is not None else a
         for n, a in arguments.items()
     }
-    expected = torch.empty(out.shape)
-    expected_k, expected_v = (cache.to(torch.float32, copy=True) for _ in range(2))
+    expected = torch.empty(out.shape, dtype=torch.float64)
+    expected_k, expected_v = (cache.to(torch.float64, copy=True) for _ in range(2))
     REFERENCE["rope_append"](**wide, k_cache=expected_k, v_cache=expected_v, out=expected)
     assert_close(out, expected)
     assert_close(k_cache, expected_k)
-    assert torch.equal(v_cache.float(), expected_v)
+    assert torch.equal(v_cache.double(), expected_v)
     assert_only_view_written(out, pad)
     untouched = torch.ones(pages * page_size, dtype=torch.bool)
     untouched[arguments["slots"]] = False
@@ -153,7 +153,7 @@ def test_rope_append(
 
 def check_attention(native, paged_case, assert_close, assert_only_view_written, name, **sizes):
     case = paged_case(**sizes)
-    arguments, wide = case.arguments, case.as_float32()
+    arguments, wide = case.arguments, case.as_float64()
     if name == "decode_attention":
         arguments, wide = (
             {k: v for k, v in a.items() if k != "query_start"} for a in (arguments, wide)
@@ -268,7 +268,7 @@ def test_attention_of_many_requests_on_any_number_of_threads(
         native["prefill_attention"](**case.arguments)
         results.append(case.arguments["out"])
     set_num_threads(before)
-    wide = case.as_float32()
+    wide = case.as_float64()
     REFERENCE["prefill_attention"](**wide)
     assert_close(results[0], wide["out"])
     assert_only_view_written(results[0], case.pad)
@@ -280,7 +280,7 @@ def test_attention_with_scores_of_any_size(native, paged_case, assert_close):
     for factor in (0.0, 1e-20, 1e3, 1e15):
         case = paged_case(query_lens=[9, 1], context_lens=[40, 70], head_dim=64, page_size=16)
         case.arguments["q"] *= factor
-        wide = case.as_float32()
+        wide = case.as_float64()
         native["prefill_attention"](**case.arguments)
         REFERENCE["prefill_attention"](**wide)
         # The largest scores are near 1e19: only the largest key counts, exactly.

@@ -43,7 +43,7 @@ def test_soft_cap_and_lse(
     heads = case.arguments["q"].shape[1] // head_dim
     lse = [torch.zeros(sum(queries), heads) for _ in range(2)]
     native["prefill_attention"](**case.arguments, soft_cap=soft_cap, lse=lse[0])
-    expected = case.as_float32()
+    expected = case.as_float64()
     REFERENCE["prefill_attention"](**expected, soft_cap=soft_cap, lse=lse[1])
     assert_close(case.arguments["out"], expected["out"])
     torch.testing.assert_close(lse[0], lse[1], rtol=5e-6, atol=5e-6)
@@ -59,7 +59,7 @@ def test_merge_with_the_reference(native, assert_close, tokens, heads, head_dim,
         lse_a[0, 0] = lse_a[1, 0] = lse_b[1, 0] = -torch.inf
         a[0, 0] = torch.nan  # what nobody has written
     results = []
-    for operations, kind in ((native, dtype), (REFERENCE, torch.float32)):
+    for operations, kind in ((native, dtype), (REFERENCE, torch.float64)):
         out, lse_out = torch.zeros_like(a, dtype=kind), torch.zeros_like(lse_a)
         operations["merge_attention"](
             a=a.to(kind), lse_a=lse_a, b=b.to(kind), lse_b=lse_b, out=out, lse_out=lse_out

@@ -16,7 +16,7 @@ are computed the same. Rows that do not begin at a multiple of 16 bytes are copi
 | `prefill_attention` | FlashInfer | 16 bits, head_dim 64, 128 or 256 | plain torch |
 | `decode_attention` | FlashInfer | 16 bits, head_dim 64, 128 or 256 | plain torch |
 | `linear` | cuBLAS | always | |
-| `linear` on a capped lane | CUTLASS | 16 bits, K and N multiples of 8, library built | cuBLAS |
+| `linear` on a capped lane | CUTLASS | 16 bits, as `out`; K, N multiples of 8; library built | cuBLAS |
 | `moe_experts` | torch, grouped product | bfloat16, D and F multiples of 8 | plain torch |
 | the others | plain torch | always | |
 
@@ -240,7 +240,8 @@ class CudaOperations:
         rows, in_features = x.shape
         self._check.tensor("weight", weight, x.dtype, (None, in_features))
         out_features = weight.shape[0]
-        self._check.tensor("out", out, x.dtype, (rows, out_features))
+        out_dtype = torch.float32 if out.dtype == torch.float32 else x.dtype
+        self._check.tensor("out", out, out_dtype, (rows, out_features))
         if bias is not None:
             self._check.tensor("bias", bias, x.dtype, (out_features,))
         if residual is not None:
@@ -252,6 +253,7 @@ class CudaOperations:
             lane is None
             or library is None
             or not rows
+            or out.dtype != x.dtype
             or not takes_rows(x.dtype, in_features, out_features)
             or not all(map(_is_aligned, operands))
             or not (bias is None or bias.data_ptr() % _ALIGNMENT == 0)

@@ -1,4 +1,5 @@
-"""Every operation in plain torch, on any device. Norms, RoPE and attention compute in float32.
+"""Every operation in plain torch, on any device. Norms, RoPE and attention compute in float32, or in
+float64 what is given so.
 
 An operation that has a parameter `scratch` works in that memory, uint8 [bytes], in the other
 implementations; `OperationSet.scratch_bytes` says how much. Plain torch allocates its own.
@@ -60,9 +61,14 @@ def rms_norm(
     out.copy_(_rms_normalize(x, weight, eps))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _rms_normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    wide = _wide(x)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)
 
 
 def linear(
@@ -142,7 +148,7 @@ def rope_append(
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = _wide(x).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
@@ -183,11 +189,11 @@ def prefill_attention(
         rows = slice(starts[request], starts[request + 1])
         pages = page_table[request, : -(-seq_len // page_size)].long()
         keys, values = (
-            cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :seq_len].float()
+            _wide(cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :seq_len])
             for cache in (k_cache, v_cache)
         )
         count = rows.stop - rows.start
-        queries = q[rows].view(count, kv_heads, group, head_dim).float()
+        queries = _wide(q[rows].view(count, kv_heads, group, head_dim))
         scores = _cap(torch.einsum("tkgd,ksd->kgts", queries * scale, keys), soft_cap)
         key_at = torch.arange(seq_len, device=q.device)
         query_at = torch.arange(seq_len - count, seq_len, device=q.device).unsqueeze(1)
@@ -218,10 +224,10 @@ def decode_attention(
     """Attention of one token per request; as `prefill_attention` with one row each."""
     _, kv_heads, page_size, head_dim = k_cache.shape
     keys, values = (
-        cache[page_table.long()].transpose(1, 2).flatten(2, 3).float()
+        _wide(cache[page_table.long()].transpose(1, 2).flatten(2, 3))
         for cache in (k_cache, v_cache)
     )
-    queries = q.unflatten(1, (kv_heads, -1, head_dim)).float() * scale
+    queries = _wide(q.unflatten(1, (kv_heads, -1, head_dim))) * scale
     scores = _cap(queries @ keys.transpose(2, 3), soft_cap)
     key_at = torch.arange(page_table.shape[1] * page_size, device=q.device)
     hidden = key_at >= seq_lens.unsqueeze(1)
@@ -263,11 +269,11 @@ def merge_attention(
     heads = lse_a.shape[1]
     both = torch.logaddexp(lse_a, lse_b)
     empty = both == -torch.inf
-    total = torch.zeros_like(a.unflatten(1, (heads, -1)), dtype=torch.float32)
+    total = torch.zeros_like(_wide(a.unflatten(1, (heads, -1))))
     for state, lse in ((a, lse_a), (b, lse_b)):
         share = (lse - both).exp().masked_fill(empty, 0.0).unsqueeze(2)
         # A state without keys may hold anything, NaN too, which a zero share would not silence.
-        values = state.unflatten(1, (heads, -1)).float().masked_fill(share == 0, 0.0)
+        values = _wide(state.unflatten(1, (heads, -1))).masked_fill(share == 0, 0.0)
         total += share * values
     out.copy_(total.flatten(1))
     lse_out.copy_(both)
@@ -275,7 +281,7 @@ def merge_attention(
 
 def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
     """silu(gate) * up, with `gate_up` [T, 2F] holding gate then up, `out` [T, F]."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
     out.copy_(F.silu(gate) * up)
 
 
@@ -290,7 +296,7 @@ def moe_route(
         expert_ids: int64 [T, k], written.
         expert_weights: float32 [T, k], written.
     """
-    probabilities = router_logits.float().softmax(dim=-1)
+    probabilities = _wide(router_logits).softmax(dim=-1)
     weights, ids = probabilities.topk(expert_ids.shape[1], dim=-1)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -321,10 +327,10 @@ def moe_experts(
         out: [T, D]; may be `residual` itself.
         scratch: See above.
     """
-    total = residual.to(torch.float32, copy=True)
+    total = _wide(residual).clone()
     for expert in expert_ids.unique().tolist():
         rows, choice = (expert_ids == expert).nonzero(as_tuple=True)
         gate, up = (x[rows] @ gate_up[expert].t()).chunk(2, dim=-1)
         result = (F.silu(gate) * up) @ down[expert].t()
-        total.index_add_(0, rows, result.float() * expert_weights[rows, choice].unsqueeze(1))
+        total.index_add_(0, rows, _wide(result) * expert_weights[rows, choice].unsqueeze(1))
     out.copy_(total)
