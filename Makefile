@@ -64,6 +64,10 @@ gpu-check: ## Run the tests that need a CUDA device, with the Python at hand (PY
 cuda-build: setup ## Compile the CUDA library, which needs nvcc but no device (TILES=)
 	@$(BIN)/python -m nf_kernels.cuda.build $(if $(TILES),--tiles $(TILES)) $(ARGS)
 
+.PHONY: asan
+asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan (ARGS=)
+	@$(BIN)/python scripts/asan.py $(ARGS)
+
 .PHONY: gpu-status
 gpu-status: setup ## Write docs/gpu-status.md: what of the CUDA code is compiled, executed, measured
 	@$(BIN)/python scripts/gpu_status.py

@@ -36,7 +36,7 @@ def test_help_lists_the_targets() -> None:
     assert result.returncode == 0
     listed = set(re.findall(r"^  make ([a-z-]+) ", result.stdout, flags=re.MULTILINE))
     expected = {"serve", "test", "setup", "lint", "bench", "bench-check", "test-long", "gpu-check"}
-    expected |= {"lock", "lock-check", "clean", "help", "cuda-build", "gpu-status"}
+    expected |= {"lock", "lock-check", "clean", "help", "asan", "cuda-build", "gpu-status"}
     assert expected <= listed
 
 
