@@ -71,7 +71,7 @@ def run(machine, **options):
     calls.write_text("")
     lines: list[str] = []
     build(
-        TILES,
+        [*TILES, TILES[0]],
         library=machine / "out" / "libnf_cuda.so",
         objects=machine / "objects",
         jobs=2,
@@ -127,8 +127,8 @@ def test_a_change_compiles_what_it_is_in(machine, monkeypatch):
     assert len(run(machine)[0]) == 6
 
 
-def test_one_dtype_can_be_built_alone(machine):
-    compiled, _ = run(machine, dtypes=["float16"])
+def test_one_dtype_can_be_built_alone_and_twice_is_once(machine):
+    compiled, _ = run(machine, dtypes=["float16", "float16"])
     assert compiled == sorted([*KERNELS[1::2], "tiles", "nf_cuda"])
 
 

@@ -79,6 +79,7 @@ def build(
     unknown = set(dtypes) - set(sources.DTYPES)
     if unknown or not dtypes:
         raise ValueError(f"dtypes is {list(dtypes)}; expected some of {list(sources.DTYPES)}")
+    tiles, dtypes = list(dict.fromkeys(tiles)), list(dict.fromkeys(dtypes))
     toolchain = find_toolchain()
     library = library or place.library_to_build()
     objects = objects or place.object_folder()
