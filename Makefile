@@ -16,6 +16,8 @@ TORCH ?= torch==2.13.0
 TORCH_BACKEND ?=
 # test: further arguments for pytest, such as ARGS='-k scheduler -x'
 ARGS ?=
+# cuda-build: the tiles of the matrix product that are compiled; empty: all
+TILES ?=
 
 comma := ,
 empty :=
@@ -28,7 +30,7 @@ unexport VIRTUAL_ENV
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
-SETUP_INPUTS := pyproject.toml requirements.lock scripts/setup.sh $(wildcard packages/*/pyproject.toml apps/*/pyproject.toml) \
+SETUP_INPUTS := pyproject.toml requirements.lock requirements-cuda.txt scripts/setup.sh $(wildcard packages/*/pyproject.toml apps/*/pyproject.toml) \
 	packages/nf-kernels/CMakeLists.txt $(wildcard packages/nf-kernels/csrc/*)
 PYTEST := $(BIN)/python -m pytest
 
@@ -57,6 +59,18 @@ test-long: setup ## Run the tests that take long: soak, many kill rounds, all ke
 .PHONY: gpu-check
 gpu-check: ## Check and measure what needs a CUDA device, with the Python at hand (PYTHON=, ARGS=--rehearse)
 	@"$${PYTHON:-$$(if [ -x $(BIN)/python ]; then echo $(BIN)/python; else echo python3; fi)}" scripts/gpu_check.py $(ARGS)
+
+.PHONY: cuda-build
+cuda-build: setup ## Compile the CUDA library, which needs nvcc but no device (TILES=)
+	@$(BIN)/python -m nf_kernels.cuda.build $(if $(TILES),--tiles $(TILES)) $(ARGS)
+
+.PHONY: asan
+asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan (ARGS=)
+	@$(BIN)/python scripts/asan.py $(ARGS)
+
+.PHONY: gpu-status
+gpu-status: setup ## Write docs/gpu-status.md: what of the CUDA code is compiled, executed, measured
+	@$(BIN)/python scripts/gpu_status.py
 
 .PHONY: lint
 lint: setup ## Check format, lint, types and the arrows between packages

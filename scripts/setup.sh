@@ -79,5 +79,16 @@ fi
 PATH="$PWD/.venv/bin:$PATH" install --no-deps --no-build-isolation --reinstall \
     --editable packages/nf-kernels --editable packages/nf-kvcache --editable packages/nf-scheduler \
     --editable packages/nf-runtime --editable apps/server
+
+# The CUDA library is an extra: its headers come where there is a compiler for it, itself where there is a device, too.
+if command -v "${CUDACXX:-nvcc}" >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+    if ! install --quiet --no-deps --verify-hashes --requirements requirements-cuda.txt; then
+        say "the headers of CUTLASS could not be fetched: no CUDA library. 'make -B setup' tries again."
+    elif [ -e /dev/nvidiactl ]; then
+        say "building the CUDA library, which takes minutes"
+        .venv/bin/python -m nf_kernels.cuda.build ||
+            say "no CUDA library: products on a share of a GPU go without. 'make cuda-build' tries again."
+    fi
+fi
 touch .venv/.setup-stamp
 say "done; see 'make help'"

@@ -36,7 +36,8 @@ def test_help_lists_the_targets() -> None:
     assert result.returncode == 0
     listed = set(re.findall(r"^  make ([a-z-]+) ", result.stdout, flags=re.MULTILINE))
     expected = {"serve", "test", "setup", "lint", "bench", "bench-check", "test-long", "gpu-check"}
-    assert expected | {"lock", "lock-check", "clean", "help"} <= listed
+    expected |= {"lock", "lock-check", "clean", "help", "asan", "cuda-build", "gpu-status"}
+    assert expected <= listed
 
 
 def test_serve_passes_model_host_and_port_through() -> None:
@@ -47,6 +48,19 @@ def test_serve_passes_model_host_and_port_through() -> None:
 def test_serve_defaults_to_the_demo_model_on_this_machine_alone() -> None:
     result = make("-n", "serve")
     assert "nanoflow serve 'models/nanoflow-demo' --host '127.0.0.1' --port '8000'" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "-m nf_kernels.cuda.build"),
+        (["TILES=a b"], "-m nf_kernels.cuda.build --tiles a b"),
+        (["TILES=a", "ARGS=--jobs 1"], "-m nf_kernels.cuda.build --tiles a --jobs 1"),
+    ],
+)
+def test_cuda_build_passes_tiles_through(arguments: list[str], expected: str) -> None:
+    last = make("-n", "cuda-build", *arguments).stdout.splitlines()[-1]
+    assert last.strip().endswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,15 @@ def test_wheel_carries_license_types_and_bounded_ranges(
         assert "<0.2" in requirement
 
 
+def test_the_kernels_wheel_can_build_the_cuda_library_and_has_none(wheels: dict[str, Path]) -> None:
+    with zipfile.ZipFile(wheels["nf-kernels"]) as wheel:
+        names = set(wheel.namelist())
+    sources = PROJECTS["nf-kernels"] / "csrc/cuda"
+    assert {f"nf_kernels/cuda/csrc/{path.name}" for path in sources.iterdir()} <= names
+    assert "nf_kernels/cuda/tiles.toml" in names
+    assert not [name for name in names if "libnf_cuda" in name]
+
+
 @each_package
 def test_changelog_has_the_version(package: str) -> None:
     project = tomllib.loads((PROJECTS[package] / "pyproject.toml").read_text(encoding="utf-8"))
