@@ -16,7 +16,7 @@ are computed the same. Rows that do not begin at a multiple of 16 bytes are copi
 | `prefill_attention` | FlashInfer | 16 bits, head_dim 64, 128 or 256 | plain torch |
 | `decode_attention` | FlashInfer | 16 bits, head_dim 64, 128 or 256 | plain torch |
 | `linear` | cuBLAS | always | |
-| `linear` on a capped lane | CUTLASS | 16 bits, as `out`; K, N multiples of 8; library built | cuBLAS |
+| `linear` on a capped lane | CUTLASS | 16 bits, `out` too; K, N multiples of 8; built | cuBLAS |
 | `moe_experts` | torch, grouped product | bfloat16, D and F multiples of 8 | plain torch |
 | the others | plain torch | always | |
 
@@ -47,6 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf_kernels.cuda.library import CudaLibrary, load
 from nf_kernels.lanes.cuda import current_lane
 from nf_kernels.ops import reference
 from nf_kernels.ops.attention_plans import AttentionPlans, AttentionShape, StreamStates
@@ -152,7 +153,7 @@ class CudaOperations:
         self,
         *,
         library: Callable[[], Any] = flashinfer,
-        cutlass: Callable[[torch.device], Any] | None = None,
+        cutlass: Callable[[torch.device], CudaLibrary | None] | None = None,
         device_type: str = "cuda",
     ) -> None:
         """Load nothing yet.
@@ -665,10 +666,8 @@ class CudaOperations:
 
 
 @functools.cache
-def _built_library(device: torch.device) -> Any:
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    return importlib.import_module("nf_kernels.cuda.library").load()
+def _built_library(device: torch.device) -> CudaLibrary | None:
+    return load() if torch.cuda.get_device_capability(device) == (9, 0) else None
 
 
 def _kept_by_lane(operation: Callable[..., None]) -> Callable[..., None]:

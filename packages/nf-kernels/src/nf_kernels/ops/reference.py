@@ -1,5 +1,6 @@
-"""Every operation in plain torch, on any device. Norms, RoPE and attention compute in float32, or in
-float64 what is given so.
+"""Every operation in plain torch, on any device.
+
+Norms, RoPE and attention compute in float32, or in float64 where that is what they are given.
 
 An operation that has a parameter `scratch` works in that memory, uint8 [bytes], in the other
 implementations; `OperationSet.scratch_bytes` says how much. Plain torch allocates its own.
@@ -62,7 +63,7 @@ def rms_norm(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 as it is."""
+    """Make it float32, unless it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
