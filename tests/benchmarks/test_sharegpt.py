@@ -47,7 +47,10 @@ def test_sharegpt_lengths_on_a_300m_model(
         "kv_cache_tokens": 32768,
         "max_num_seqs": 64,
     }
-    engines = {"native": LLM(str(llama_300m_dir), **options)}
+    engines = {
+        "native": LLM(str(llama_300m_dir), **options),
+        "deterministic": LLM(str(llama_300m_dir), deterministic=True, **options),
+    }
     with monkeypatch.context() as patch:
         patch.setattr(ops, "CPU", with_torch_products())
         engines["torch products"] = LLM(str(llama_300m_dir), **options)
@@ -81,6 +84,7 @@ def test_sharegpt_lengths_on_a_300m_model(
             **{f"{name} tokens/s": round(rate) for name, rate in rates.items()},
             "threads": num_threads(),
             "of torch products": round(ratio, 2),
+            "deterministic, of native": round(rates["deterministic"] / rates["native"], 2),
             "of the compute bound": round(share, 3),
             "at least": "1.5 and 0.15",
         }

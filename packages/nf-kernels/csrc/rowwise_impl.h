@@ -87,29 +87,62 @@ void rope_append(const RopeAppendArgs& a, const Team& team) {
   }
 }
 
+// residual [width] += x; the sum is rounded to T before anything is made of it.
+template <typename T>
+inline void add_row(const T* x, int64_t width, T* residual) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) store(residual + j, load<kLanes>(residual + j) + load<kLanes>(x + j));
+  if (const int64_t n = width - j; n > 0) store_first(residual + j, n, load_first(residual + j, n) + load_first(x + j, n));
+}
+
+// The sum of the squares of a row. What will be written at `out` is fetched beside.
+template <typename T>
+inline float sum_of_squares(const T* x, int64_t width, T* out) {
+  constexpr int kSums = 4;  // on the way at the same time
+  Vec sums[kSums] = {};
+  int64_t j = 0;
+  for (; j + kSums * kLanes <= width; j += kSums * kLanes) {
+    prefetch_to_write(out + j, kSums * kLanes);
+    for (int i = 0; i < kSums; ++i) {
+      const Vec v = load<kLanes>(x + j + i * kLanes);
+      sums[i] += v * v;
+    }
+  }
+  for (; j < width; j += kLanes) {
+    const Vec v = width - j < kLanes ? load_first(x + j, width - j) : load<kLanes>(x + j);
+    sums[0] += v * v;
+  }
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// out = x times a factor times the weight. What lies at `next`, a row of x, is fetched beside.
+template <typename T>
+inline void scale_row(const T* x, float factor, const T* weight, const T* next, int64_t width, T* out) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    __builtin_prefetch(next + j);
+    store(out + j, load<kLanes>(x + j) * factor * load<kLanes>(weight + j));
+  }
+  if (const int64_t n = width - j; n > 0) {
+    store_first(out + j, n, load_first(x + j, n) * factor * load_first(weight + j, n));
+  }
+}
+
 template <typename T>
 void rms_norm(const RmsNormArgs& a, const Team& team) {
   for (RowRange rows = next_rows(team, a.num_rows, a.width); rows.first < rows.end;
        rows = next_rows(team, a.num_rows, a.width)) {
     for (int64_t i = rows.first; i < rows.end; ++i) {
       const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
-      const T* weight = static_cast<const T*>(a.weight);
+      const T* next = x + a.x_stride;
       T* out = static_cast<T*>(a.out) + i * a.out_stride;
       if (a.residual) {
         T* residual = static_cast<T*>(a.residual) + i * a.residual_stride;
-#pragma omp simd
-        for (int64_t j = 0; j < a.width; ++j) store(residual + j, to_float(residual[j]) + to_float(x[j]));
+        add_row(x, a.width, residual);
         x = residual;
       }
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < a.width; ++j) {
-        const float v = to_float(x[j]);
-        sum += v * v;
-      }
-      const float inverse = 1.0f / __builtin_sqrtf(sum / static_cast<float>(a.width) + a.eps);
-#pragma omp simd
-      for (int64_t j = 0; j < a.width; ++j) store(out + j, to_float(x[j]) * inverse * to_float(weight[j]));
+      const float mean = sum_of_squares(x, a.width, out) / static_cast<float>(a.width);
+      scale_row(x, 1.0f / __builtin_sqrtf(mean + a.eps), static_cast<const T*>(a.weight), next, a.width, out);
     }
   }
 }
