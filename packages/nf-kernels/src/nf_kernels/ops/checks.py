@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -23,14 +25,17 @@ class Checks:
             dtypes: Those that activations and weights may have.
         """
         self._device_type = device_type
+        self._is_there = attrgetter(f"is_{device_type}")
         self._dtypes = dtypes
 
     def tensor(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: Shape) -> None:
         """Rows whose elements are next to each other; the rows may be apart."""
-        fits = tensor.dim() == len(shape) and all(
-            want in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
+        fits = tensor.shape == shape or (
+            None in shape
+            and tensor.dim() == len(shape)
+            and all(want in (None, have) for have, want in zip(tensor.shape, shape, strict=True))
         )
-        if tensor.dtype != dtype or not fits or tensor.device.type != self._device_type:
+        if tensor.dtype != dtype or not fits or not self._is_there(tensor):
             expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "

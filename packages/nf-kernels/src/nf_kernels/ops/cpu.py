@@ -16,6 +16,7 @@ from torch import Tensor
 from nf_kernels.lanes.cpu import current_lane
 from nf_kernels.native import native_module
 from nf_kernels.ops import packing, reference
+from nf_kernels.ops.checks import Checks
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -28,28 +29,8 @@ def _kernels() -> Any:
     return native_module()
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    fits = tensor.shape == shape or (
-        None in shape
-        and tensor.dim() == len(shape)
-        and all(want in (None, have) for have, want in zip(tensor.shape, shape, strict=True))
-    )
-    if tensor.dtype != dtype or not fits or not tensor.is_cpu:
-        expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-            f"expected {dtype} {expected} on cpu"
-        )
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, "
-            f"make it contiguous"
-        )
-
-
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; pass a contiguous tensor")
+_checks = Checks("cpu", tuple(_DTYPES))
+_check, _check_contiguous, _check_cache = _checks.tensor, _checks.contiguous, _checks.caches
 
 
 def _check_packed(
@@ -101,18 +82,6 @@ def _dtype_code(name: str, tensor: Tensor) -> int:
             f"{name} is {tensor.dtype}; expected torch.float32, torch.bfloat16 or torch.float16"
         )
     return code
-
-
-def _check_cache(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> None:
-    _check("k_cache", k_cache, dtype, (None, None, None, None))
-    _check("v_cache", v_cache, dtype, tuple(k_cache.shape))
-    _check_contiguous("k_cache", k_cache)
-    _check_contiguous("v_cache", v_cache)
-    if 0 in k_cache.shape[1:]:
-        raise ValueError(
-            f"k_cache is {list(k_cache.shape)}; "
-            f"expected [pages, KV heads, page size, head_dim], the last three at least 1"
-        )
 
 
 def rms_norm(
