@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nf_kernels import lanes
-from nf_kernels.lanes import cuda as cuda_lanes
-from nf_kernels.lanes.cuda import CudaLane, current_lane, grant_sms
+from nf_kernels.lanes.cuda import MECHANISMS, CudaLane, current_lane, grant_sms
+from nf_kernels.lanes.cuda import runtime as cuda_runtime
 from nf_kernels.ops import REFERENCE
 from nf_kernels.ops.cuda import CudaOperations
 
@@ -199,7 +199,7 @@ def outer(monkeypatch) -> Stream:
 @pytest.fixture
 def driver(monkeypatch, outer) -> Driver:
     made = Driver(H200)
-    monkeypatch.setattr(cuda_lanes, "_driver", lambda: made)
+    monkeypatch.setattr(cuda_runtime, "_driver", lambda: made)
     return made
 
 
@@ -241,7 +241,7 @@ def test_the_remainder_goes_where_it_is_missed_most():
 @given(LAYOUTS, SHARES)
 def test_lanes_have_all_sms_and_share_none(monkeypatch, outer, layout, shares):
     driver = Driver(layout)
-    monkeypatch.setattr(cuda_lanes, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_runtime, "_driver", lambda: driver)
     sms = sum(layout)
     monkeypatch.setattr(
         torch.cuda,
@@ -338,7 +338,7 @@ def test_a_mechanism_of_another_device_is_refused(device, mechanism, message):
         lanes.partition(device, [1, 1], mechanism=mechanism)
 
 
-@pytest.mark.parametrize("mechanism", cuda_lanes.MECHANISMS)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("shares", [[], [1, 0], [float("nan")]])
 def test_impossible_shares_are_refused(driver, mechanism, shares):
     with pytest.raises(ValueError, match=r"shares(\[\d\])? is"):
