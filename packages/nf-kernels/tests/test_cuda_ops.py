@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from nf_kernels import ops
 from nf_kernels.ops import CUDA, OPERATION_NAMES, REFERENCE, AttentionBatch, OperationSet, cuda
+from nf_kernels.ops.cuda import support
+from nf_kernels.ops.cuda.arguments import Arguments
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = st.sampled_from([BF16, FP16, FP32])
@@ -193,7 +195,9 @@ def test_an_operation_has_the_arguments_of_the_reference(name):
         parameters = inspect.signature(function).parameters.values()
         return [(p.name, p.kind, p.default) for p in parameters if p.name != "self"]
 
-    assert arguments(CUDA[name]) == arguments(REFERENCE[name])
+    expected = arguments(REFERENCE[name])
+    assert arguments(CUDA[name]) == expected
+    assert arguments(getattr(Arguments, name)) == expected  # of the checks
 
 
 @pytest.mark.parametrize("name", OPERATION_NAMES)
@@ -222,17 +226,17 @@ def test_tensors_of_another_device_are_refused(name):
 
 def test_without_flashinfer_an_operation_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    cuda._find_flashinfer.cache_clear()
+    support._find_flashinfer.cache_clear()
     with pytest.raises(RuntimeError, match=r"pip install 'nf-kernels\[cuda\]'"):
         cuda.flashinfer()
-    cuda._find_flashinfer.cache_clear()
+    support._find_flashinfer.cache_clear()
 
 
 def test_a_device_without_flashinfer_computes_in_plain_torch_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cuda._find_flashinfer.cache_clear()
+    support._find_flashinfer.cache_clear()
     ops._say_once.cache_clear()
     with caplog.at_level(logging.INFO):
         assert ops.load("cuda", native=False) is REFERENCE
@@ -243,7 +247,7 @@ def test_a_device_without_flashinfer_computes_in_plain_torch_and_says_so_once(mo
         "CUDA operations run in plain torch: import of flashinfer halted; None in sys.modules; "
         "install it with: pip install 'nf-kernels[cuda]'."
     ]
-    cuda._find_flashinfer.cache_clear()
+    support._find_flashinfer.cache_clear()
     ops._say_once.cache_clear()
 
 
@@ -253,9 +257,9 @@ def test_flashinfer_is_used_from_ampere_on(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    cuda._find_flashinfer.cache_clear()
+    support._find_flashinfer.cache_clear()
     assert ops.load("cuda") is expected
-    cuda._find_flashinfer.cache_clear()
+    support._find_flashinfer.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
