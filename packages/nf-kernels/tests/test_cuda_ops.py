@@ -143,6 +143,7 @@ def append_paged_kv_cache(
     need(kv_layout == "HND", "layout")
     need_rows(key, value)
     page_size = caches[0].shape[2]
+    need(bool((last_page_len >= 1).all() and (last_page_len <= page_size).all()), "last page")
     for token, position in enumerate(positions.tolist()):
         entry = int(indptr[batch_indices[token]]) + position // page_size
         for cache, rows in zip(caches, (key, value), strict=True):

@@ -89,7 +89,7 @@ class CudaOperations:
         self._arguments = check = Arguments(device_type)
         self._streams = StreamStates()
         self._attention = PagedAttention(library, self._streams)
-        self._whole_caches: dict[tuple[torch.device, int], tuple[Tensor, ...]] = {}
+        self._whole_caches: dict[tuple[torch.device, int, int], tuple[Tensor, ...]] = {}
         # Nothing computes these better than plain torch.
         self.embedding = _checked(check.embedding, reference.embedding)
         self.gather_rows = _checked(check.gather_rows, reference.gather_rows)
@@ -242,7 +242,7 @@ class CudaOperations:
         self, num_pages: int, page_size: int, device: torch.device
     ) -> tuple[Tensor, ...]:
         """A request's pages, first page and end, and length of the last: all that there are."""
-        key = device, num_pages
+        key = device, num_pages, page_size
         if key not in self._whole_caches:
             numbers = ([*range(num_pages)], [0, num_pages], [page_size])
             self._whole_caches[key] = tuple(
