@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from nf_kernels import native_status, ops
 from nf_kernels.native import native_module
+from nf_kernels.ops.cuda import INVARIANT, CudaOperations
 
 SENTINEL = -777.0  # what stands beside an output that is a view; must stay
 
@@ -131,6 +135,43 @@ def native(request: pytest.FixtureRequest) -> Iterator[ops.OperationSet]:
     module.use_isa(request.param)
     yield ops.load("cpu")
     module.use_isa(before)
+
+
+def _cuda_operations(flashinfer: Callable[[], Any]) -> ops.OperationSet:
+    """The CUDA operations on the CPU, over what stands in for FlashInfer."""
+    operations = CudaOperations(library=flashinfer, device_type="cpu")
+    return ops.OperationSet(
+        name="cuda",
+        functions=operations.functions(),
+        invariant=INVARIANT,
+        pack=lambda weight: weight,
+        scratch={},
+        prepare=operations.prepare,
+    )
+
+
+@pytest.fixture(scope="session")
+def flashinfer_stand_in() -> ModuleType:
+    """The module beside this file, which tests cannot import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        return importlib.import_module("flashinfer_stand_in")
+
+
+@pytest.fixture(scope="module")
+def stood_in(flashinfer_stand_in: ModuleType) -> ops.OperationSet:
+    """The CUDA operations over the stand-in, on the CPU."""
+    return _cuda_operations(lambda: flashinfer_stand_in.FLASHINFER)
+
+
+def _unavailable() -> NoReturn:
+    raise AssertionError("FlashInfer was asked for")
+
+
+@pytest.fixture(scope="module")
+def without_flashinfer() -> ops.OperationSet:
+    """The CUDA operations where nothing may ask for FlashInfer, on the CPU."""
+    return _cuda_operations(_unavailable)
 
 
 # Functions of this file, for tests that cannot import it.

@@ -1,0 +1,139 @@
+"""Plans of attention: made once for announced arrays, and refused for lengths that do not fit."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nf_kernels.ops import AttentionBatch
+from nf_kernels.ops.cuda import CudaOperations
+
+BF16 = torch.bfloat16
+
+
+def decode_call(paged_case, **changed):
+    case = paged_case(query_lens=[1, 1, 1], context_lens=[5, 0, 40], head_dim=64, dtype=BF16)
+    arguments = case.arguments | changed
+    del arguments["query_start"]
+    return arguments
+
+
+def announced(arguments):
+    return AttentionBatch(arguments["page_table"], arguments["seq_lens"])
+
+
+@pytest.fixture
+def plans_made_by(flashinfer_stand_in, stood_in):
+    """How often FlashInfer plans in a call of decode attention."""
+
+    def count(arguments) -> int:
+        before = flashinfer_stand_in.Wrapper.plans
+        stood_in["decode_attention"](**arguments)
+        return flashinfer_stand_in.Wrapper.plans - before
+
+    return count
+
+
+def test_a_plan_is_made_once_for_announced_arrays(stood_in, plans_made_by, paged_case):
+    arguments = decode_call(paged_case)
+    other = decode_call(paged_case)
+    stood_in.prepare([announced(arguments), announced(other)])
+    layers = [arguments, arguments, arguments | {"window": 4}, arguments | {"window": 4}, other]
+    assert [plans_made_by(layer) for layer in layers] == [1, 0, 1, 0, 1]
+    stood_in.prepare([announced(arguments)])
+    assert plans_made_by(arguments) == 1
+    stood_in.prepare([])
+    assert [plans_made_by(arguments) for _ in range(2)] == [1, 1]
+
+
+def test_arrays_that_change_have_their_own_plan(stood_in, paged_case):
+    arguments = decode_call(paged_case)
+    stood_in["decode_attention"](**arguments)
+    first = arguments["out"].clone()
+    arguments["seq_lens"][2] = 17  # in place: not announced, so this is seen
+    stood_in["decode_attention"](**arguments)
+    assert not torch.equal(arguments["out"][2], first[2])
+    assert torch.equal(arguments["out"][:2], first[:2])
+
+
+def test_two_plans_of_one_iteration_do_not_share_a_wrapper(stood_in, paged_case):
+    short = decode_call(paged_case)
+    long = decode_call(paged_case, seq_lens=torch.tensor([6, 1, 30], dtype=torch.int32))
+    expected = []
+    for arguments in (short, long):
+        stood_in["decode_attention"](**arguments)
+        expected.append(arguments["out"].clone())
+    stood_in.prepare([announced(short), announced(long)])
+    for _ in range(2):
+        for arguments, want in zip((short, long), expected, strict=True):
+            stood_in["decode_attention"](**arguments)
+            assert torch.equal(arguments["out"], want)
+    stood_in.prepare([])
+
+
+def test_a_wrapper_is_not_planned_again_before_the_device_has_read_its_last_plan(
+    flashinfer_stand_in, paged_case
+):
+    operations = CudaOperations(library=lambda: flashinfer_stand_in.FLASHINFER, device_type="cpu")
+    arguments = decode_call(paged_case)
+    idle = operations._streams.current(arguments["q"].device).idle.setdefault("fa2", [])
+    operations.decode_attention(**arguments)
+    (first,) = idle
+    read = False
+    first.staged = SimpleNamespace(query=lambda: read)
+    operations.decode_attention(**arguments)
+    assert len(idle) == 2
+    idle[1].staged = first.staged
+    read = True
+    operations.decode_attention(**arguments)
+    assert len(idle) == 2
+
+
+@pytest.mark.parametrize(("name", "values", "message"), [
+    ("query_start", [0, 2, 4], "query_start runs from 0 to 4; expected 0 to 3, the rows of q"),
+    ("query_start", [1, 2, 3], "query_start runs from 1 to 3; expected 0 to 3"),
+    ("query_start", [0, 0, 3], "request 0 has 0 queries by query_start"),
+    ("query_start", [0, 5, 3], "request 1 has -2 queries by query_start"),
+    ("seq_lens", [13, 8], "13 tokens by seq_lens; .*at most 12 tokens, the page_table's width"),
+    ("seq_lens", [1, 8], "request 0 has 2 queries by query_start and 1 tokens by seq_lens"),
+    ("seq_lens", [9, 0], "request 1 has 1 queries by query_start and 0 tokens by seq_lens"),
+    ("host_page_table", [[4, 5, 2], [1, 3, 0]], "page_table has 5 in use; expected 0 to 4"),
+])  # fmt: skip
+def test_lengths_that_do_not_fit_are_refused(stood_in, name, values, message):
+    cache = {n: torch.randn(5, 1, 4, 64).to(BF16) for n in ("k_cache", "v_cache")}
+    arrays = {
+        "page_table": torch.tensor([[4, 0, 2], [1, 3, 0]], dtype=torch.int32),
+        "query_start": torch.tensor([0, 2, 3], dtype=torch.int32),
+        "seq_lens": torch.tensor([9, 8], dtype=torch.int32),
+    }
+    host = {"host_page_table": arrays["page_table"].clone()}
+    changed = torch.tensor(values, dtype=torch.int32)
+    if name == "host_page_table":
+        host[name] = changed
+    else:
+        arrays[name] = changed
+    stood_in.prepare([AttentionBatch(**arrays, **host)])
+    out = torch.zeros(3, 128, dtype=BF16)
+    with pytest.raises(ValueError, match=message):
+        stood_in["prefill_attention"](
+            q=torch.randn(3, 128).to(BF16), scale=0.1, window=0, out=out, **arrays, **cache
+        )
+    assert not out.any()
+    stood_in.prepare([])
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"q": torch.zeros(3, 100).to(BF16)}, "q has rows of 100; expected a multiple of 2 KV heads"),
+    ({"q": torch.zeros(3, 256).double()}, "q is torch.float64; expected torch.float32, torch.bf"),
+    ({"q": torch.zeros(3, 256)}, "k_cache is torch.bfloat16 .*expected torch.float32"),
+    ({"window": -1}, "window is -1; expected 0"),
+    ({"soft_cap": math.nan}, "soft_cap is nan; expected 0"),
+    ({"seq_lens": torch.tensor([1])}, "seq_lens is torch.int64 .*expected torch.int32"),
+    ({"lse": torch.zeros(3, 5)}, "lse is torch.float32"),
+])  # fmt: skip
+def test_wrong_arguments_of_attention_are_refused(stood_in, paged_case, changed, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        stood_in["decode_attention"](**(decode_call(paged_case) | changed))
