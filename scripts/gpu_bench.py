@@ -25,6 +25,7 @@ from nf_kernels.ops import OperationSet
 
 _log = logging.getLogger("gpu-check")
 Call = Callable[[], object]
+ELEMENT = 2  # bytes of bfloat16
 
 
 @dataclass(frozen=True)
