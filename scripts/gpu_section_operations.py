@@ -21,10 +21,8 @@ def operations(bench: Bench, report: Report) -> None:
                 waits = name == "sample" or (plain and name == "moe_experts")
                 seconds, how = bench.seconds(made, graph=not waits)
             except RuntimeError as error:
+                report.failed(f"op/{name}", error)
                 report.row(operation=name, rows=count, failed=str(error).splitlines()[0][:200])
-                report.data["functions"].setdefault(
-                    f"op/{name}", {"status": "failed", "detail": {"error": str(error)[:500]}}
-                )
                 continue
             share = report.bound(work) / seconds
             report.row(

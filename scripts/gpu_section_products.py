@@ -81,10 +81,8 @@ def cutlass(bench: Bench, report: Report) -> None:
             try:
                 seconds, how = bench.seconds(calls)
             except RuntimeError as error:
-                text = str(error).splitlines()[0][:200]
-                report.row(product=name, tile=tile, failed=text)
-                detail = {"error": text}
-                report.data["functions"][f"gemm/{tile}"] = {"status": "failed", "detail": detail}
+                report.failed(f"gemm/{tile}", error)
+                report.row(product=name, tile=tile, failed=str(error).splitlines()[0][:200])
                 continue
             ratio = torch_seconds / seconds
             report.row(

@@ -45,6 +45,12 @@ class Report:
         if bench.operations is not REFERENCE:
             self.measured(f"op/{name}", **detail)
 
+    def failed(self, function: str, error: Exception) -> None:
+        """Say that a function of the project failed, which it stays, whatever else is measured."""
+        entry = self.data["functions"].setdefault(function, {"detail": {}})
+        entry["status"] = "failed"
+        entry["detail"]["error"] = str(error)[:500]
+
     def save(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self._started, 1)
         unfinished = self._path.with_suffix(".tmp")

@@ -155,6 +155,15 @@ def test_results_are_written_after_each_section_and_a_failure_stays(
     assert list(json.loads(path.read_text())["sections"]) == ["pairs"]
 
 
+def test_what_failed_once_in_a_section_stays_failed(scripts: Any, tmp_path: Path) -> None:
+    report = scripts("gpu_section_report").Report(tmp_path / "section.json", {})
+    report.measured("op/swiglu", share_at_64_rows=0.5)
+    report.failed("op/swiglu", RuntimeError("out of memory"))
+    report.measured("op/swiglu", share_at_128_rows=0.6)
+    detail = {"share_at_64_rows": 0.5, "error": "out of memory", "share_at_128_rows": 0.6}
+    assert report.data["functions"] == {"op/swiglu": {"status": "failed", "detail": detail}}
+
+
 def test_the_outcomes_of_tests_are_read_by_function(scripts: Any, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
