@@ -421,13 +421,19 @@ def test_a_lane_keeps_the_tensors_of_what_is_queued(driver):
 
 
 class Library:
-    """The built library of CUTLASS kernels, in torch."""
+    """The built library of CUTLASS kernels, in torch, for bfloat16 and `least_sms` or more."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_sms: int = 1) -> None:
+        self.least_sms = least_sms
         self.calls: list[tuple[int, str]] = []
 
     def best_tile(self, m, n, k, sm_count):
+        if sm_count < self.least_sms:
+            raise ValueError(f"sm_count is {sm_count}; expected enough for one of 1 tiles")
         return f"tile of {m}x{n}x{k}"
+
+    def takes(self, tile, *, m, n, k, sm_count, dtype):
+        return dtype == torch.bfloat16
 
     def workspace_bytes(self, *, m, n, k, tile, sm_count, dtype):
         assert (tile, dtype) == (f"tile of {m}x{n}x{k}", torch.bfloat16)
@@ -457,6 +463,18 @@ def test_a_capped_lane_multiplies_on_its_sms(outer):
         operations["linear"](x=x.float(), weight=weight.float(), out=out.float())
         operations["linear"](x=x[:, :60], weight=weight[:, :60], out=out)
     assert len(library.calls) == 2
+
+
+def test_a_capped_lane_multiplies_by_cublas_what_the_library_was_not_built_for(outer):
+    library = Library(least_sms=50)
+    operations = CudaOperations(cutlass=lambda device: library, device_type="cpu").functions()
+    small, large = lanes.partition("cuda", [1, 2], mechanism="capped")
+    for lane, dtype in ((small, torch.bfloat16), (large, torch.float16)):
+        x, weight, out = (torch.ones(8, 8).to(dtype) for _ in range(3))
+        with lane:
+            operations["linear"](x=x, weight=weight, out=out)
+        assert out.eq(8).all()
+    assert not library.calls
 
 
 def test_memory_of_a_lane_goes_with_it(outer):

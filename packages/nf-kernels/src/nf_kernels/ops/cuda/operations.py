@@ -151,7 +151,10 @@ class CudaOperations:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> bool:
-        """As `reference.linear`; on a capped lane by a kernel that keeps to its SMs."""
+        """As `reference.linear`; on a capped lane by a kernel that keeps to its SMs.
+
+        What the library was not built for, or has no tile for on so few SMs, is left to cuBLAS.
+        """
         rows, in_features = x.shape
         out_features = weight.shape[0]
         lane = current_lane()
@@ -167,10 +170,20 @@ class CudaOperations:
             or not (bias is None or bias.data_ptr() % ALIGNMENT == 0)
         ):
             return False
-        tile = library.best_tile(rows, out_features, in_features, lane.sm_cap)
-        size = library.workspace_bytes(
-            m=rows, n=out_features, k=in_features, tile=tile, sm_count=lane.sm_cap, dtype=x.dtype
-        )
+        try:
+            tile = library.best_tile(rows, out_features, in_features, lane.sm_cap)
+        except ValueError:  # each of its tiles is a cluster of more SMs
+            return False
+        product: dict[str, Any] = {
+            "m": rows,
+            "n": out_features,
+            "k": in_features,
+            "sm_count": lane.sm_cap,
+            "dtype": x.dtype,
+        }
+        if not library.takes(tile, **product):
+            return False
+        size = library.workspace_bytes(**product, tile=tile)
         library.gemm(
             x=x,
             weight=weight,
