@@ -74,6 +74,59 @@ def test_two_plans_of_one_iteration_do_not_share_a_wrapper(stood_in, paged_case)
     stood_in.prepare([])
 
 
+def test_a_plan_that_is_found_is_of_as_many_queries_and_pages(stood_in, paged_case):
+    case = paged_case(query_lens=[2, 3], context_lens=[5, 40], head_dim=64, dtype=BF16)
+    arguments = case.arguments
+    names = ("page_table", "seq_lens", "query_start")
+    arrays = [arguments[name] for name in names]
+    stood_in.prepare([AttentionBatch(*arrays, *(array.clone() for array in arrays))])
+    stood_in["prefill_attention"](**arguments)
+    fewer = {name: arguments[name][:4] for name in ("q", "out")}
+    with pytest.raises(ValueError, match=r"^query_start runs from 0 to 5; expected 0 to 4, the r"):
+        stood_in["prefill_attention"](**arguments | fewer)
+    highest = max(
+        int(entry)
+        for table, length in zip(arrays[0], arrays[1], strict=True)
+        for entry in table[: -(-int(length) // 4)]
+    )
+    expected, caches = arguments["out"].clone(), ("k_cache", "v_cache")
+    for pages, fits in ((highest + 1, True), (highest, False)):
+        smaller = arguments | {name: arguments[name][:pages] for name in caches}
+        if fits:
+            stood_in["prefill_attention"](**smaller)
+            assert torch.equal(arguments["out"], expected)
+            continue
+        message = rf"^page_table has {highest} in use; expected 0 to {highest - 1}$"
+        with pytest.raises(ValueError, match=message):
+            stood_in["prefill_attention"](**smaller)
+    stood_in.prepare([])
+
+
+@pytest.mark.parametrize("failing", ["plan", "run"])
+@pytest.mark.parametrize("is_announced", [False, True])
+def test_a_wrapper_that_fails_is_used_again(
+    flashinfer_stand_in, monkeypatch, paged_case, failing, is_announced
+):
+    operations = CudaOperations(library=lambda: flashinfer_stand_in.FLASHINFER, device_type="cpu")
+    arguments = decode_call(paged_case)
+    idle = operations._streams.current(arguments["q"].device).idle.setdefault("fa2", [])
+
+    def fail(*arguments, **by_name):
+        raise RuntimeError("out of workspace")
+
+    operations.prepare([announced(arguments)] if is_announced else [])
+    operations.decode_attention(**arguments)
+    operations.prepare([announced(arguments)] if is_announced else [])
+    (wrapper,) = idle
+    with monkeypatch.context() as patch:
+        patch.setattr(flashinfer_stand_in.Wrapper, failing, fail)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="out of workspace"):
+                operations.decode_attention(**arguments)
+    operations.prepare([])
+    assert idle == [wrapper]
+
+
 def test_a_wrapper_is_not_planned_again_before_the_device_has_read_its_last_plan(
     flashinfer_stand_in, paged_case
 ):
@@ -101,6 +154,7 @@ def test_a_wrapper_is_not_planned_again_before_the_device_has_read_its_last_plan
     ("seq_lens", [1, 8], "request 0 has 2 queries by query_start and 1 tokens by seq_lens"),
     ("seq_lens", [9, 0], "request 1 has 1 queries by query_start and 0 tokens by seq_lens"),
     ("host_page_table", [[4, 5, 2], [1, 3, 0]], "page_table has 5 in use; expected 0 to 4"),
+    ("host_page_table", [[4, 0, 2], [1, -3, 0]], "page_table has -3 in use; expected 0 to 4"),
 ])  # fmt: skip
 def test_lengths_that_do_not_fit_are_refused(stood_in, name, values, message):
     cache = {n: torch.randn(5, 1, 4, 64).to(BF16) for n in ("k_cache", "v_cache")}

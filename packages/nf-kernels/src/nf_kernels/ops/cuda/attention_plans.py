@@ -65,10 +65,19 @@ class _Event(Protocol):
 
 @dataclass(slots=True)
 class _Wrapper:
-    """A FlashInfer wrapper, and when the device has read what its last plan staged on the host."""
+    """A FlashInfer wrapper and its last plan.
+
+    Attributes:
+        flashinfer: The wrapper.
+        staged: When the device has read what the plan staged on the host.
+        rows: Queries that it is for.
+        last_page: The highest page that it uses; -1 where the host does not know the pages.
+    """
 
     flashinfer: Any
     staged: _Event | None = None
+    rows: int = 0
+    last_page: int = -1
 
 
 @dataclass(slots=True)
@@ -184,16 +193,24 @@ class AttentionPlans:
                 wrapper = found[1]
             else:
                 wrapper = self._idle(state, shape.backend, page_table.device)
-        if found is None:
-            arrays = batch or AttentionBatch(page_table, seq_lens, query_start)
-            self._plan(wrapper, shape, arrays, num_pages=num_pages, rows=rows)
-            if batch is not None:
+        kept = found is not None
+        try:
+            if found is not None:
+                _check_rows(wrapper.rows, rows)
+                _check_page(wrapper.last_page, num_pages)
+            else:
+                arrays = batch or AttentionBatch(page_table, seq_lens, query_start)
+                self._plan(wrapper, shape, arrays, num_pages=num_pages, rows=rows)
                 with self._lock:
-                    self._planned[key, shape, id(state)] = state, wrapper
-        yield wrapper.flashinfer
-        if batch is None:
-            with self._lock:
-                state.idle.setdefault(shape.backend, []).append(wrapper)
+                    # Another thread may have announced others since.
+                    kept = batch is not None and self._announced.get(key) is batch
+                    if kept:
+                        self._planned[key, shape, id(state)] = state, wrapper
+            yield wrapper.flashinfer
+        finally:
+            if not kept:
+                with self._lock:
+                    state.idle.setdefault(shape.backend, []).append(wrapper)
 
     def _idle(self, state: StreamState, backend: str, device: torch.device) -> _Wrapper:
         """A wrapper whose host memory the device has done reading; a new one rather than wait."""
@@ -223,36 +240,35 @@ class AttentionPlans:
         indptr = torch.zeros(len(pages) + 1, dtype=torch.int32)
         torch.cumsum(pages, dim=0, out=indptr[1:])
         # Entries of the table past the end of a request may hold anything and are left out.
-        indices = _used_entries(batch, pages, int(indptr[-1]), num_pages)
-        wrapper.flashinfer.plan(
-            query_start,
-            indptr,
-            indices,
-            seq_lens - (pages - 1) * shape.page_size,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.page_size,
-            causal=True,
-            sm_scale=shape.scale,
-            window_left=shape.window - 1 if shape.window else -1,
-            logits_soft_cap=shape.soft_cap,
-            q_data_type=shape.dtype,
-            kv_data_type=shape.dtype,
-            max_token_per_sequence=int(query_start.diff().max()),
-        )
-        if batch.page_table.is_cuda:
-            staged = torch.cuda.Event()
-            staged.record()
-            wrapper.staged = staged
+        indices, last_page = _used_entries(batch, pages, num_pages)
+        wrapper.rows, wrapper.last_page = rows, last_page
+        try:
+            wrapper.flashinfer.plan(
+                query_start,
+                indptr,
+                indices,
+                seq_lens - (pages - 1) * shape.page_size,
+                shape.heads,
+                shape.kv_heads,
+                shape.head_dim,
+                shape.page_size,
+                causal=True,
+                sm_scale=shape.scale,
+                window_left=shape.window - 1 if shape.window else -1,
+                logits_soft_cap=shape.soft_cap,
+                q_data_type=shape.dtype,
+                kv_data_type=shape.dtype,
+                max_token_per_sequence=int(query_start.diff().max()),
+            )
+        finally:  # a plan that fails may have staged something, too
+            if batch.page_table.is_cuda:
+                staged = torch.cuda.Event()
+                staged.record()
+                wrapper.staged = staged
 
 
 def _check_lengths(seq_lens: Tensor, query_start: Tensor, most: int, rows: int) -> None:
-    if int(query_start[0]) != 0 or int(query_start[-1]) != rows:
-        raise ValueError(
-            f"query_start runs from {int(query_start[0])} to {int(query_start[-1])}; "
-            f"expected 0 to {rows}, the rows of q"
-        )
+    _check_rows(int(query_start[-1]), rows, first=int(query_start[0]))
     counts = query_start.diff()
     wrong = ((counts < 1) | (seq_lens < counts) | (seq_lens > most)).nonzero()
     if len(wrong):
@@ -264,19 +280,30 @@ def _check_lengths(seq_lens: Tensor, query_start: Tensor, most: int, rows: int) 
         )
 
 
-def _used_entries(batch: AttentionBatch, pages: Tensor, total: int, num_pages: int) -> Tensor:
-    """The table's entries that are in use, request by request: int32 [total]."""
+def _check_rows(last: int, rows: int, *, first: int = 0) -> None:
+    if first != 0 or last != rows:
+        raise ValueError(
+            f"query_start runs from {first} to {last}; expected 0 to {rows}, the rows of q"
+        )
+
+
+def _check_page(page: int, num_pages: int) -> None:
+    if page >= num_pages:
+        raise ValueError(f"page_table has {page} in use; expected 0 to {num_pages - 1}")
+
+
+def _used_entries(batch: AttentionBatch, pages: Tensor, num_pages: int) -> tuple[Tensor, int]:
+    """The table's entries that are in use, int32, request by request, and the highest; or -1."""
     if batch.host_page_table is None:
         # On the device, where the table is: its entries are not seen here and not checked.
         table = batch.page_table
         used = torch.arange(table.shape[1]) < pages.unsqueeze(1)
         where = used.flatten().nonzero().squeeze(1).to(table.device, non_blocking=True)
-        return table.reshape(-1).index_select(0, where)
+        return table.reshape(-1).index_select(0, where), -1
     table = batch.host_page_table
     entries = table[torch.arange(table.shape[1]) < pages.unsqueeze(1)]
-    wrong = ((entries < 0) | (entries >= num_pages)).nonzero()
-    if len(wrong):
-        raise ValueError(
-            f"page_table has {int(entries[wrong[0]])} in use; expected 0 to {num_pages - 1}"
-        )
-    return entries
+    lowest, highest = (int(end) for end in entries.aminmax())
+    if lowest < 0:
+        raise ValueError(f"page_table has {lowest} in use; expected 0 to {num_pages - 1}")
+    _check_page(highest, num_pages)
+    return entries, highest
