@@ -300,6 +300,28 @@ def test_the_error_of_the_driver_is_named(driver, monkeypatch):
         lanes.partition("cuda", [1, 1])
 
 
+@pytest.mark.parametrize(("function", "failing_call", "lanes_asked"), [
+    ("cuGreenCtxCreate", 2, 2),
+    ("cuGreenCtxStreamCreate", 1, 1),
+    ("cuGreenCtxStreamCreate", 2, 2),
+    ("cuGreenCtxStreamCreate", 18, 20),  # of a context that has a lane
+])  # fmt: skip
+def test_what_was_made_before_a_failure_is_given_back(
+    driver, monkeypatch, function, failing_call, lanes_asked
+):
+    create, calls = getattr(driver, function), itertools.count(1)
+
+    def fail(*arguments):
+        return (1, None) if next(calls) == failing_call else create(*arguments)
+
+    monkeypatch.setattr(driver, function, fail)
+    with pytest.raises(RuntimeError, match=f"^{function} failed: CUDA_ERROR_INVALID_VALUE$"):
+        lanes.partition("cuda", [1] * lanes_asked)
+    assert driver.contexts
+    assert not any(context.alive for context in driver.contexts)
+    assert not driver.of_stream
+
+
 def test_without_cuda_bindings_it_is_said_what_to_do(outer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.driver", None)
     with pytest.raises(RuntimeError, match=r"pip install 'nf-kernels\[cuda\]', or choose mech"):
@@ -418,6 +440,25 @@ def test_a_lane_keeps_the_tensors_of_what_is_queued(driver):
     lane.synchronize()
     gc.collect()
     assert not any(reference() is not None for reference in kept)
+
+
+def test_a_lane_lets_go_of_its_tensors_when_the_device_has_failed(driver, monkeypatch):
+    (lane,) = lanes.partition("cuda", [1])
+    operations = CudaOperations(device_type="cpu").functions()
+    out = torch.zeros(2, 3)
+    with lane:
+        operations["linear"](x=torch.ones(2, 4), weight=torch.ones(3, 4), out=out)
+    kept = weakref.ref(out)
+    del out
+
+    def fail(stream):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Stream, "synchronize", fail)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        lane.synchronize()
+    gc.collect()
+    assert kept() is None
 
 
 class Library:

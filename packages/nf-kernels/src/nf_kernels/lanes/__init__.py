@@ -26,6 +26,9 @@ def partition(
     | cuda | `capped` | a number of SMs that some kernels keep to, and a priority |
     | cuda | `shared` | all SMs; the device divides them |
 
+    Lanes by `capped` and `shared` have streams of torch, which are 32 for each priority: with more
+    lanes some share one.
+
     Args:
         device: The device.
         shares: Positive proportions, one per lane. What the hardware grants is rounded to whole

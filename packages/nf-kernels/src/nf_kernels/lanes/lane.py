@@ -39,7 +39,11 @@ class Lane(Protocol):
     exclusive: bool
 
     def __enter__(self) -> Self:
-        """Send this thread's operations to the lane."""
+        """Send this thread's operations to the lane.
+
+        Inside of another lane it does not wait for what that one has queued: `wait` does. From
+        outside of lanes it comes after what was called before.
+        """
 
     def __exit__(
         self,

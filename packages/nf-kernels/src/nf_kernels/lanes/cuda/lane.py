@@ -119,6 +119,9 @@ class CudaLane:
             capped: Whether kernels are told `sm_count`.
             priority: Of the stream.
             context: The green context it is in, if it is.
+
+        Raises:
+            RuntimeError: The driver refuses. The context is left, as by `close`.
         """
         self.units = units
         self.sm_count = sm_count
@@ -130,9 +133,14 @@ class CudaLane:
         self._context = context
         if context is not None:
             context.lanes += 1
-        self._stream: Any = runtime.create_stream(
-            device, priority, context.handle if context is not None else None
-        )
+        try:
+            self._stream: Any = runtime.create_stream(
+                device, priority, context.handle if context is not None else None
+            )
+        except BaseException:
+            if context is not None:
+                context.leave()
+            raise
         # Arguments of what is queued: those since the last event, and those before it.
         self._recent: list[Mapping[str, Any]] = []
         self._kept: deque[tuple[CudaEvent, list[Mapping[str, Any]]]] = deque()
@@ -185,9 +193,11 @@ class CudaLane:
         Raises:
             RuntimeError: The device has failed.
         """
-        self.stream.synchronize()
-        self._recent.clear()
-        self._kept.clear()
+        try:
+            self.stream.synchronize()
+        finally:
+            self._recent.clear()
+            self._kept.clear()
 
     def close(self) -> None:
         """As `Lane.close`; may be called twice, but not inside of `with`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from nf_kernels.lanes.cuda.lane import CudaLane, GreenContext
@@ -76,14 +78,15 @@ def _green_lanes(runtime: Runtime, device: int, sms: int, shares: list[float]) -
     )
     contexts: dict[tuple[int, ...], GreenContext] = {}
     lanes: list[Lane] = []
-    for part in granted:
-        if part.groups not in contexts:
-            resources = [division.groups[number] for number in part.groups]
-            if part.remainder:
-                resources.append(division.remainder)
-            contexts[part.groups] = GreenContext(runtime, runtime.create_context(device, resources))
-        lanes.append(
-            CudaLane(
+    with ExitStack() as made_so_far:  # which is closed if what follows cannot be made
+        for part in granted:
+            if part.groups not in contexts:
+                resources = [division.groups[number] for number in part.groups]
+                if part.remainder:
+                    resources.append(division.remainder)
+                handle = runtime.create_context(device, resources)
+                contexts[part.groups] = GreenContext(runtime, handle)
+            lane = CudaLane(
                 runtime,
                 device,
                 units=part.units,
@@ -92,5 +95,7 @@ def _green_lanes(runtime: Runtime, device: int, sms: int, shares: list[float]) -
                 exclusive=sum(part.groups == other.groups for other in granted) == 1,
                 context=contexts[part.groups],
             )
-        )
+            made_so_far.callback(lane.close)
+            lanes.append(lane)
+        made_so_far.pop_all()
     return lanes

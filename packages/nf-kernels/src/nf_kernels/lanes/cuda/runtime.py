@@ -62,7 +62,12 @@ class Runtime(Protocol):
 
 
 class CudaRuntime:
-    """`Runtime` by torch and cuda-bindings; the latter is looked for when it is needed."""
+    """`Runtime` by torch and cuda-bindings; the latter is looked for when it is needed.
+
+    Streams of the whole device are torch's, which has 32 for each priority and gives them out in
+    turn: with more, and with those that others took in between, lanes share a stream and run one
+    after the other.
+    """
 
     def sm_count(self, device: int) -> int:
         """As `Runtime.sm_count`."""
