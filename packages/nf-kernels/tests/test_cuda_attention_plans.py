@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nf_kernels.ops import AttentionBatch
-from nf_kernels.ops.cuda import CudaOperations
+from nf_kernels.ops.cuda import CudaOperations, attention_plans
+from nf_kernels.ops.cuda.attention_plans import StreamState, StreamStates
 
 BF16 = torch.bfloat16
 
@@ -125,6 +128,30 @@ def test_a_wrapper_that_fails_is_used_again(
                 operations.decode_attention(**arguments)
     operations.prepare([])
     assert idle == [wrapper]
+
+
+def test_threads_that_come_to_a_stream_at_once_find_one_state(monkeypatch):
+    made = []
+
+    def slowly() -> StreamState:
+        time.sleep(0.01)
+        made.append(StreamState())
+        return made[-1]
+
+    monkeypatch.setattr(attention_plans, "StreamState", slowly)
+    states, found, together = StreamStates(), [], threading.Barrier(4)
+
+    def look() -> None:
+        together.wait()
+        found.append(states.current(torch.device("cpu")))
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert all(state is made[0] for state in found)
 
 
 def test_a_wrapper_is_not_planned_again_before_the_device_has_read_its_last_plan(

@@ -518,16 +518,35 @@ def test_a_capped_lane_multiplies_by_cublas_what_the_library_was_not_built_for(o
     assert not library.calls
 
 
-def test_memory_of_a_lane_goes_with_it(outer):
-    operations = CudaOperations(cutlass=lambda device: Library(), device_type="cpu")
+def test_memory_of_a_lane_goes_with_it(outer, flashinfer_stand_in):
+    operations = CudaOperations(
+        library=lambda: flashinfer_stand_in.FLASHINFER,
+        cutlass=lambda device: Library(),
+        device_type="cpu",
+    )
     (lane, _) = lanes.partition("cuda", [1, 1], mechanism="capped")
     x = torch.ones(2, 8).bfloat16()
+    cache = torch.zeros(3, 1, 4, 64).bfloat16()
+    tokens = torch.arange(2)
     with lane:
         operations.linear(x=x, weight=x, out=torch.zeros(2, 2).bfloat16())
         operations.linear(x=x, weight=torch.ones(8, 8).bfloat16(), out=x.clone())
-        memory = weakref.ref(operations._streams.current(x.device).buffers["gemm"])
+        operations.rope_append(
+            qkv=torch.ones(2, 192).bfloat16(),
+            positions=tokens,
+            slots=tokens,
+            cos_sin=torch.ones(2, 64),
+            k_cache=cache,
+            v_cache=cache.clone(),
+            out=torch.zeros(2, 64).bfloat16(),
+        )
+        state = operations._streams.current(x.device)
+        memory = [weakref.ref(tensor) for tensor in state.buffers.values()]
+        memory += [weakref.ref(array) for arrays in state.whole_caches.values() for array in arrays]
+        del state
+    assert len(memory) == 7
     assert isinstance(lane, CudaLane)
     lane.close()
     del lane, _
     gc.collect()
-    assert memory() is None
+    assert not any(reference() is not None for reference in memory)

@@ -87,23 +87,41 @@ class StreamState:
     Attributes:
         idle: Wrappers that no announced batch uses, by backend.
         buffers: Memory by name, grown to the largest request.
+        whole_caches: Index arrays of all pages, by their number and size.
     """
 
     idle: dict[str, list[_Wrapper]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    whole_caches: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
     def buffer(self, name: str, size: int, device: torch.device) -> Tensor:
-        """Memory of at least `size` bytes, zero when it is new: uint8 [size]."""
+        """Memory of at least `size` bytes, zero when it is new: uint8 [size].
+
+        It moves when it grows, and its old place may be given to others. A CUDA graph holds on to
+        the place it was captured with: run the largest sizes first, then capture.
+        """
         kept = self.buffers.get(name)
         if kept is None or kept.numel() < size:
             kept = self.buffers[name] = torch.zeros(size, dtype=torch.uint8, device=device)
         return kept[:size]
 
+    def whole_cache(
+        self, num_pages: int, page_size: int, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """A request's pages, first page and end, and length of the last: all that there are."""
+        kept = self.whole_caches.get((num_pages, page_size))
+        if kept is None:
+            numbers = ([*range(num_pages)], [0, num_pages], [page_size])
+            kept = tuple(torch.tensor(n, dtype=torch.int32, device=device) for n in numbers)
+            self.whole_caches[num_pages, page_size] = kept
+        return kept
+
 
 class StreamStates:
-    """The state of each stream; that of a lane goes with the lane."""
+    """The state of each stream; that of a lane goes with the lane. Safe for several threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._of_lanes: weakref.WeakKeyDictionary[CudaLane, StreamState] = (
             weakref.WeakKeyDictionary()
         )
@@ -112,13 +130,19 @@ class StreamStates:
     def current(self, device: torch.device) -> StreamState:
         """That of the stream which this thread's operations on the device go to."""
         lane = current_lane()
-        if lane is not None:
-            return self._of_lanes.setdefault(lane, StreamState())
-        key = (
-            device,
-            torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
-        )
-        return self._of_streams.setdefault(key, StreamState())
+        stream = 0
+        if lane is None and device.type == "cuda":
+            stream = torch.cuda.current_stream(device).cuda_stream
+        with self._lock:
+            if lane is not None:
+                state = self._of_lanes.get(lane)
+                if state is None:
+                    state = self._of_lanes[lane] = StreamState()
+                return state
+            state = self._of_streams.get((device, stream))
+            if state is None:
+                state = self._of_streams[device, stream] = StreamState()
+            return state
 
 
 _Key = tuple[tuple[int, ...], ...]

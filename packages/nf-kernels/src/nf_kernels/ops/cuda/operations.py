@@ -67,7 +67,10 @@ def _checked(check: Callable[..., None], operation: Callable[..., None]) -> Call
 
 
 class CudaOperations:
-    """The operations, and the memory they keep for each stream."""
+    """The operations, and the memory they keep for each stream.
+
+    Safe for several threads, as long as each runs on a stream of its own.
+    """
 
     def __init__(
         self,
@@ -89,7 +92,6 @@ class CudaOperations:
         self._arguments = check = Arguments(device_type)
         self._streams = StreamStates()
         self._attention = PagedAttention(library, self._streams)
-        self._whole_caches: dict[tuple[torch.device, int, int], tuple[Tensor, ...]] = {}
         # Nothing computes these better than plain torch.
         self.embedding = _checked(check.embedding, reference.embedding)
         self.gather_rows = _checked(check.gather_rows, reference.gather_rows)
@@ -246,22 +248,10 @@ class CudaOperations:
             requests,
             places,
             (k_cache, v_cache),
-            *self._whole_cache(num_pages, page_size, qkv.device),
+            *state.whole_cache(num_pages, page_size, qkv.device),
             kv_layout="HND",
         )
         return True
-
-    def _whole_cache(
-        self, num_pages: int, page_size: int, device: torch.device
-    ) -> tuple[Tensor, ...]:
-        """A request's pages, first page and end, and length of the last: all that there are."""
-        key = device, num_pages, page_size
-        if key not in self._whole_caches:
-            numbers = ([*range(num_pages)], [0, num_pages], [page_size])
-            self._whole_caches[key] = tuple(
-                torch.tensor(n, dtype=torch.int32, device=device) for n in numbers
-            )
-        return self._whole_caches[key]
 
     @_operation
     def prefill_attention(
