@@ -37,30 +37,6 @@ def test_an_operation_has_the_arguments_of_the_reference(name):
     assert arguments(getattr(Arguments, name)) == expected  # of the checks
 
 
-@pytest.mark.parametrize("name", OPERATION_NAMES)
-def test_tensors_of_another_device_are_refused(name):
-    values = {"scale": 1.0, "window": 0, "normalize": True, "eps": 1e-6}
-    whole = {"token_ids", "index", "positions", "slots", "expert_ids", "top_k"}
-    counts = {"seq_lens", "query_start", "page_table"}
-    arguments = {}
-    for parameter in inspect.signature(CUDA[name]).parameters.values():
-        if parameter.name == "self" or parameter.default is not inspect.Parameter.empty:
-            continue
-        dtype = torch.int64 if parameter.name in whole else FP32
-        dtype = torch.int32 if parameter.name in counts else dtype
-        arguments[parameter.name] = values.get(parameter.name, torch.zeros(2, 2, dtype=dtype))
-    arguments = {
-        n: a[0] if n in whole | {"seq_lens", "query_start"} - {"expert_ids"} else a
-        for n, a in arguments.items()
-    }
-    if "k_cache" in arguments:
-        arguments |= {n: torch.zeros(1, 1, 2, 2) for n in ("k_cache", "v_cache")}
-    if "query_start" in arguments:
-        arguments["query_start"] = torch.zeros(3, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"^\w+ is torch\.\w+ \[.*on cpu; expected .* on cuda$"):
-        CUDA[name](**arguments)
-
-
 def test_an_empty_batch_asks_nobody(without_flashinfer):
     empty = torch.zeros(0, dtype=torch.int32)
     without_flashinfer["decode_attention"](

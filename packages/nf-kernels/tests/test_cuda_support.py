@@ -113,6 +113,8 @@ def test_the_stand_in_has_the_arguments_of_flashinfer(flashinfer_stand_in):
     (cuda.takes_rows(BF16, 4096), True),
     (cuda.takes_rows(FP16, 8), True),
     (cuda.takes_rows(BF16, 4100), False),
+    (cuda.takes_rows(BF16, 0), False),
+    (cuda.takes_rows(BF16, 4096, 0), False),
     (cuda.takes_rows(FP32, 4096), False),
     (cuda.takes_attention(BF16, 128), True),
     (cuda.takes_attention(FP16, 256), True),
@@ -127,6 +129,7 @@ def test_the_stand_in_has_the_arguments_of_flashinfer(flashinfer_stand_in):
     (cuda.takes_rope(BF16, 8, 96), False),
     (cuda.takes_grouped(BF16, 4096, 14336), True),
     (cuda.takes_grouped(BF16, 4096, 1418), False),
+    (cuda.takes_grouped(BF16, 4096, 0), False),
     (cuda.takes_grouped(FP16, 4096, 14336), False),
 ])  # fmt: skip
 def test_what_is_taken(taken, expected):
@@ -144,5 +147,8 @@ def test_what_flashinfer_does_not_take_is_computed_without_it(without_flashinfer
         case = paged_case(query_lens=[2, 1], context_lens=[3, 4], **sizes)
         without_flashinfer["prefill_attention"](**case.arguments)
         assert case.arguments["out"].any()
+    nothing = torch.zeros(3, 0).to(BF16)
+    without_flashinfer["rms_norm"](x=nothing, weight=nothing[0], eps=1e-6, out=nothing)
+    without_flashinfer["swiglu"](gate_up=nothing, out=nothing)
     with pytest.raises(AssertionError, match="FlashInfer was asked for"):
         without_flashinfer["swiglu"](gate_up=torch.ones(1, 32).to(BF16), out=b[:1, :16])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,22 @@ from torch import Tensor
 from nf_kernels.ops.checks import Checks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _on_one_device(check: Callable[..., None]) -> Callable[..., None]:
+    """The checks of an operation, and that its tensors are together: there are several devices."""
+
+    @functools.wraps(check)
+    def call(self: Arguments, **arguments: Any) -> None:
+        check(self, **arguments)
+        tensors = {n: value for n, value in arguments.items() if isinstance(value, Tensor)}
+        first, *_ = tensors
+        device = tensors[first].device
+        for name, tensor in tensors.items():
+            if tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device}; expected {device}, as {first} is")
+
+    return call
 
 
 class Arguments:
@@ -27,18 +46,21 @@ class Arguments:
         """
         self._check = Checks(device_type, _DTYPES)
 
+    @_on_one_device
     def embedding(self, *, token_ids: Tensor, table: Tensor, out: Tensor) -> None:
         """Of `reference.embedding`."""
         self._check.tensor("token_ids", token_ids, torch.int64, (None,))
         self._check.first("table", table, (None, None))
         self._check.tensor("out", out, table.dtype, (token_ids.shape[0], table.shape[1]))
 
+    @_on_one_device
     def gather_rows(self, *, x: Tensor, index: Tensor, out: Tensor) -> None:
         """Of `reference.gather_rows`."""
         self._check.tensor("index", index, torch.int64, (None,))
         self._check.first("x", x, (None, None))
         self._check.tensor("out", out, x.dtype, (index.shape[0], x.shape[1]))
 
+    @_on_one_device
     def rms_norm(
         self,
         *,
@@ -56,6 +78,7 @@ class Arguments:
         if residual is not None:
             self._check.tensor("residual", residual, x.dtype, (rows, width))
 
+    @_on_one_device
     def linear(
         self,
         *,
@@ -77,6 +100,7 @@ class Arguments:
         if residual is not None:
             self._check.tensor("residual", residual, x.dtype, (rows, out_features))
 
+    @_on_one_device
     def rope_append(
         self,
         *,
@@ -113,6 +137,7 @@ class Arguments:
             if norm is not None:
                 self._check.tensor(name, norm, qkv.dtype, (head_dim,))
 
+    @_on_one_device
     def prefill_attention(
         self,
         *,
@@ -135,6 +160,7 @@ class Arguments:
         self._check.first("q", q, (None, None))
         self._attention(q, k_cache, v_cache, page_table, seq_lens, window, out, soft_cap, lse)
 
+    @_on_one_device
     def decode_attention(
         self,
         *,
@@ -186,6 +212,7 @@ class Arguments:
             self._check.tensor("lse", lse, torch.float32, (rows, width // head_dim))
             self._check.contiguous("lse", lse)
 
+    @_on_one_device
     def merge_attention(
         self,
         *,
@@ -210,6 +237,7 @@ class Arguments:
                 f"a has rows of {a.shape[1]}; expected a multiple of lse_a's {heads} heads"
             )
 
+    @_on_one_device
     def swiglu(self, *, gate_up: Tensor, out: Tensor) -> None:
         """Of `reference.swiglu`."""
         self._check.first("gate_up", gate_up, (None, None))
@@ -218,6 +246,7 @@ class Arguments:
             raise ValueError(f"gate_up has rows of {width}; expected an even number")
         self._check.tensor("out", out, gate_up.dtype, (rows, width // 2))
 
+    @_on_one_device
     def moe_route(
         self, *, router_logits: Tensor, normalize: bool, expert_ids: Tensor, expert_weights: Tensor
     ) -> None:
@@ -232,6 +261,7 @@ class Arguments:
                 f"expert_ids has rows of {chosen}; expected 1 to {experts}, the experts there are"
             )
 
+    @_on_one_device
     def moe_experts(
         self,
         *,
@@ -256,6 +286,7 @@ class Arguments:
         self._check.tensor("residual", residual, x.dtype, (tokens, hidden))
         self._check.tensor("out", out, x.dtype, (tokens, hidden))
 
+    @_on_one_device
     def sample(
         self,
         *,

@@ -46,8 +46,10 @@ def missing(device: torch.device) -> str:
 
 
 def takes_rows(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether FlashInfer takes rows of so many elements."""
-    return dtype.itemsize == 2 and all(width * 2 % ALIGNMENT == 0 for width in widths)
+    """Whether FlashInfer takes rows of so many elements; of none it makes no sense."""
+    return dtype.itemsize == 2 and all(
+        width > 0 and width * dtype.itemsize % ALIGNMENT == 0 for width in widths
+    )
 
 
 def takes_rope(dtype: torch.dtype, kv_heads: int, head_dim: int) -> bool:
