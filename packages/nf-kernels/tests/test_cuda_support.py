@@ -152,3 +152,32 @@ def test_what_flashinfer_does_not_take_is_computed_without_it(without_flashinfer
     without_flashinfer["swiglu"](gate_up=nothing, out=nothing)
     with pytest.raises(AssertionError, match="FlashInfer was asked for"):
         without_flashinfer["swiglu"](gate_up=torch.ones(1, 32).to(BF16), out=b[:1, :16])
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+@pytest.mark.parametrize(("skipped", "gap"), [(0, 0), (1, 0), (0, 4)])  # elements of 2 bytes
+def test_experts_that_do_not_begin_at_16_bytes_are_multiplied_in_plain_torch(
+    without_flashinfer, monkeypatch, name, skipped, gap
+):
+    def refuse(*arguments, **by_name):
+        raise RuntimeError("the grouped product was asked for")
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", refuse)
+    weights = {"gate_up": torch.ones(4, 32, 8).to(BF16), "down": torch.ones(4, 8, 16).to(BF16)}
+    experts, rows, width = weights[name].shape
+    memory = torch.ones(experts * rows * (width + gap) + skipped).to(BF16)[skipped:]
+    weights[name] = memory.view(experts, rows, width + gap)[..., :width]
+    out = torch.zeros(3, 8).to(BF16)
+    arguments = {
+        "x": torch.ones(3, 8).to(BF16),
+        "expert_ids": torch.zeros(3, 2, dtype=torch.int64),
+        "expert_weights": torch.ones(3, 2),
+        "residual": out,
+        "out": out,
+    }
+    if skipped or gap:
+        without_flashinfer["moe_experts"](**arguments, **weights)
+        assert out.all()
+    else:
+        with pytest.raises(RuntimeError, match="the grouped product was asked for"):
+            without_flashinfer["moe_experts"](**arguments, **weights)

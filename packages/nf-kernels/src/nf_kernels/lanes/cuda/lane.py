@@ -188,7 +188,9 @@ class CudaLane:
         self.stream.wait_event(_cuda_event(event))
 
     def synchronize(self) -> None:
-        """As `Lane.synchronize`, but that an index out of range is an error of the device.
+        """As `Lane.synchronize`, but that nothing tells of an index out of range.
+
+        Some operations make it an error of the device, from which a process does not recover.
 
         Raises:
             RuntimeError: The device has failed.

@@ -3,7 +3,10 @@
 Not yet run on a device; docs/gpu-status.md says what is. Arguments are those of
 `nf_kernels.ops.reference`. Dtypes, shapes and layouts are checked before anything is launched;
 lengths, and page tables that the host has, when attention is planned (`attention_plans`). Other
-indices are on the device and not looked at: a wrong one is an error of the device.
+indices are on the device, where looking at them would hold up the host or, by an assertion on the
+device, end the process: the caller answers for them. Plain torch makes a wrong one an error of the
+device; elsewhere it reads other memory (expert ids, positions, pages) or writes it (slots), and
+nothing tells.
 
 What computes an operation follows from its shape and dtype alone, so that views of the same rows
 are computed the same. Rows that do not begin at a multiple of 16 bytes are copied to such first.

@@ -10,9 +10,11 @@ ALIGNMENT = 16
 
 
 def is_aligned(rows: Tensor) -> bool:
-    """Whether every row of [T, W] begins at a multiple of `ALIGNMENT`."""
-    stride = rows.stride(0) * rows.element_size() if rows.shape[0] > 1 else 0
-    return rows.data_ptr() % ALIGNMENT == 0 and stride % ALIGNMENT == 0
+    """Whether every row of [T, W], or [E, T, W], begins at a multiple of `ALIGNMENT`."""
+    return rows.data_ptr() % ALIGNMENT == 0 and all(
+        count < 2 or stride * rows.element_size() % ALIGNMENT == 0
+        for count, stride in zip(rows.shape[:-1], rows.stride(), strict=False)
+    )
 
 
 def to_read(rows: Tensor) -> Tensor:

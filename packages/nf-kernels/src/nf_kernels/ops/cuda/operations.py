@@ -213,7 +213,10 @@ class CudaOperations:
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> bool:
-        """As `reference.rope_append`."""
+        """As `reference.rope_append`.
+
+        Positions and slots are not looked at: a wrong one reads or writes other memory.
+        """
         num_pages, kv_heads, page_size, head_dim = k_cache.shape
         tokens, heads = qkv.shape[0], out.shape[1] // head_dim
         if not tokens:
@@ -343,25 +346,26 @@ class CudaOperations:
         out: Tensor,
         scratch: Tensor | None = None,
     ) -> bool:
-        """As `reference.moe_experts`; two grouped products, without waiting for the device.
+        """As `reference.moe_experts`; two grouped products, which on Hopper wait for nothing.
 
-        torch's grouped product has no `out=`, so that what lies between comes from torch's
-        allocator.
+        Expert ids are not looked at: one that is too large gives its token whatever is in memory,
+        a negative one is taken for 0. torch's grouped product has no `out=`, so that what lies
+        between comes from torch's allocator.
         """
         tokens, chosen = expert_ids.shape
         experts, hidden, inner = down.shape
         if not tokens:
             return True
-        if not takes_grouped(x.dtype, hidden, inner):
+        if not (takes_grouped(x.dtype, hidden, inner) and all(map(is_aligned, (gate_up, down)))):
             return False
         sorted_ids, order = expert_ids.flatten().sort(stable=True)
         numbers = torch.arange(experts, device=x.device)
         ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)
         rows = torch.div(order, chosen, rounding_mode="floor")
-        mixed = torch._grouped_mm(x[rows], gate_up.transpose(1, 2), offs=ends)
+        mixed = torch.nn.functional.grouped_mm(x[rows], gate_up.transpose(1, 2), offs=ends)
         inside = torch.empty(len(rows), inner, dtype=x.dtype, device=x.device)
         self.swiglu(gate_up=mixed, out=inside)
-        result = torch._grouped_mm(inside, down.transpose(1, 2), offs=ends)
+        result = torch.nn.functional.grouped_mm(inside, down.transpose(1, 2), offs=ends)
         by_choice = torch.empty_like(result)
         by_choice[order] = result
         weighted = by_choice.unflatten(0, (tokens, chosen)).float() * expert_weights.unsqueeze(2)
