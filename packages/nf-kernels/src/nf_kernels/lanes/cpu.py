@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from nf_kernels.lanes.kept_arguments import KeptArguments
 from nf_kernels.lanes.lane import Event, Lane, grant
 from nf_kernels.native import native_module, native_status
-
-_KEPT_BETWEEN_EVENTS = 256
 
 _current = threading.local()
 
@@ -73,9 +71,7 @@ class CpuLane:
         self.exclusive = exclusive
         self._set_current = module.set_current_lane
         self._native: Any = module.Lane(list(cores))
-        # Arguments of what is queued: those since the last event, and those before it.
-        self._recent: list[Mapping[str, Any]] = []
-        self._kept: deque[tuple[Any, list[Mapping[str, Any]]]] = deque()
+        self._kept = KeptArguments()
 
     def __enter__(self) -> Self:
         """As `Lane`."""
@@ -109,7 +105,6 @@ class CpuLane:
         try:
             self._open().synchronize()
         finally:
-            self._recent.clear()
             self._kept.clear()
 
     def close(self) -> None:
@@ -121,17 +116,11 @@ class CpuLane:
         if self in getattr(_current, "lanes", []):
             raise RuntimeError("the lane is closed inside of its own `with`; close it after")
         self._native = None  # its end waits for what is queued
-        self._recent.clear()
         self._kept.clear()
 
     def keep(self, arguments: Mapping[str, Any]) -> None:
         """Hold the arguments of a queued operation until the lane is through with it."""
-        self._recent.append(arguments)
-        if len(self._recent) == _KEPT_BETWEEN_EVENTS:
-            self._kept.append((self._open().record(), self._recent))
-            self._recent = []
-            while self._kept and self._kept[0][0].done():
-                self._kept.popleft()
+        self._kept.add(arguments, self)
 
     def _open(self) -> Any:
         if self._native is None:

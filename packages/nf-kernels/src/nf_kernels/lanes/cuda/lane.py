@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from nf_kernels.lanes.cuda.runtime import Runtime
+from nf_kernels.lanes.kept_arguments import KeptArguments
 from nf_kernels.lanes.lane import Event
-
-_KEPT_BETWEEN_EVENTS = 256
 
 _current = threading.local()
 
@@ -141,9 +139,7 @@ class CudaLane:
             if context is not None:
                 context.leave()
             raise
-        # Arguments of what is queued: those since the last event, and those before it.
-        self._recent: list[Mapping[str, Any]] = []
-        self._kept: deque[tuple[CudaEvent, list[Mapping[str, Any]]]] = deque()
+        self._kept = KeptArguments()
 
     @property
     def stream(self) -> Any:
@@ -198,7 +194,6 @@ class CudaLane:
         try:
             self.stream.synchronize()
         finally:
-            self._recent.clear()
             self._kept.clear()
 
     def close(self) -> None:
@@ -219,9 +214,4 @@ class CudaLane:
 
     def keep(self, arguments: Mapping[str, Any]) -> None:
         """Hold the arguments of a queued operation until the lane is through with it."""
-        self._recent.append(arguments)
-        if len(self._recent) == _KEPT_BETWEEN_EVENTS:
-            self._kept.append((self.record(), self._recent))
-            self._recent = []
-            while self._kept and self._kept[0][0].done():
-                self._kept.popleft()
+        self._kept.add(arguments, self)

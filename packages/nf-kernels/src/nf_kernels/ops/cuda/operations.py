@@ -23,6 +23,7 @@ from nf_kernels.ops.cuda.support import (
     takes_rope,
     takes_rows,
 )
+from nf_kernels.ops.kept_by_lane import kept_by_lane
 from nf_kernels.ops.operation_set import OPERATION_NAMES, AttentionBatch
 
 INVARIANT = frozenset(
@@ -102,7 +103,7 @@ class CudaOperations:
     def functions(self) -> Mapping[str, Callable[..., None]]:
         """Every operation by its name, its tensors kept alive by the lane it is queued on."""
         return MappingProxyType(
-            {name: _kept_by_lane(getattr(self, name)) for name in OPERATION_NAMES}
+            {name: kept_by_lane(getattr(self, name), current_lane) for name in OPERATION_NAMES}
         )
 
     def prepare(self, batches: Sequence[AttentionBatch]) -> None:
@@ -376,14 +377,3 @@ class CudaOperations:
 @functools.cache
 def _built_library(device: torch.device) -> CudaLibrary | None:
     return load() if torch.cuda.get_device_capability(device) == (9, 0) else None
-
-
-def _kept_by_lane(operation: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(operation)
-    def call(**arguments: Any) -> None:
-        operation(**arguments)
-        lane = current_lane()
-        if lane is not None:
-            lane.keep(arguments)
-
-    return call
