@@ -151,10 +151,28 @@ class TorchLibrary:
     def best_tile(self, m: int, n: int, k: int, sm_count: int = 0) -> str:
         return self.tiles[m > 8]
 
-    def takes(self, tile: str, *, m: int, n: int, k: int, sm_count: int) -> bool:
+    def takes(
+        self,
+        tile: str,
+        *,
+        m: int,
+        n: int,
+        k: int,
+        sm_count: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> bool:
         return True
 
-    def workspace_bytes(self, *, m: int, n: int, k: int, tile: str, sm_count: int = 0) -> int:
+    def workspace_bytes(
+        self,
+        *,
+        m: int,
+        n: int,
+        k: int,
+        tile: str | None = None,
+        sm_count: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> int:
         return 16
 
     def gemm(
@@ -163,11 +181,13 @@ class TorchLibrary:
         x: Tensor,
         weight: Tensor,
         out: Tensor,
-        tile: str,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        tile: str | None = None,
         sm_count: int = 0,
         workspace: Tensor | None = None,
     ) -> None:
-        ops.REFERENCE["linear"](x=x, weight=weight, out=out)
+        ops.REFERENCE["linear"](x=x, weight=weight, out=out, bias=bias, residual=residual)
 
     def copy(self, src: Tensor, dst: Tensor, sm_count: int = 0) -> None:
         dst.copy_(src)
@@ -176,6 +196,12 @@ class TorchLibrary:
 def _call_all(calls: Sequence[Call]) -> None:
     for call in calls:
         call()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its type where it says nothing."""
+    lines = str(error).splitlines() or [""]
+    return lines[0][:300] or type(error).__name__
 
 
 class Missing(Exception):
@@ -285,7 +311,7 @@ class Bench:
             with torch.cuda.graph(captured, stream=stream):
                 _call_all(calls)
         except RuntimeError as error:
-            _log.info("timed as launched: %s", str(error).splitlines()[0])
+            _log.info("timed as launched: %s", first_line(error))
             torch.cuda.synchronize()
             return None
         return captured.replay

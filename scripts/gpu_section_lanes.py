@@ -97,7 +97,8 @@ def curves(bench: Bench, report: Report) -> None:
 
 def pairs(bench: Bench, report: Report) -> None:
     """Two works beside each other: what each keeps of its rate, and what is gained in all."""
-    combinations = (("product", "attention"), ("product", "copy"), ("attention", "copy"))
+    # The first has the number of units that is asked for, the second what is left.
+    combinations = (("attention", "product"), ("copy", "product"), ("copy", "attention"))
     for mechanism in bench.mechanisms:
         try:
             works = _works(bench, mechanism)
@@ -107,9 +108,9 @@ def pairs(bench: Bench, report: Report) -> None:
                     calls = [make(bench.units) for make in makers]
                     alone[name] = bench.lane_seconds(made[0], calls)
             splits = bench.sizes.pair_sms if mechanism != "shared" else bench.sizes.pair_sms[:1]
-            for second, first in combinations:
+            for names in combinations:
                 for units in splits:
-                    _pair(bench, report, mechanism, works, alone, (first, second), units)
+                    _pair(bench, report, mechanism, works, alone, names, units)
             report.measured(f"lanes/{mechanism}", pairs=True)
         except Missing as missing:
             report.row(mechanism=mechanism, skipped=str(missing))

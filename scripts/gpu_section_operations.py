@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_bench import Bench
+from gpu_bench import Bench, first_line
 from gpu_operation_cases import operation_cases
 from gpu_section_report import Report
 
@@ -21,8 +21,8 @@ def operations(bench: Bench, report: Report) -> None:
                 waits = name == "sample" or (plain and name == "moe_experts")
                 seconds, how = bench.seconds(made, graph=not waits)
             except RuntimeError as error:
-                report.failed(f"op/{name}", error)
-                report.row(operation=name, rows=count, failed=str(error).splitlines()[0][:200])
+                report.failed_operation(bench, name, error)
+                report.row(operation=name, rows=count, failed=first_line(error))
                 continue
             share = report.bound(work) / seconds
             report.row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_bench import ELEMENT, Bench, Call
+from gpu_bench import ELEMENT, Bench, Call, first_line
 from gpu_section_report import Report
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def cutlass(bench: Bench, report: Report) -> None:
                 seconds, how = bench.seconds(calls)
             except RuntimeError as error:
                 report.failed(f"gemm/{tile}", error)
-                report.row(product=name, tile=tile, failed=str(error).splitlines()[0][:200])
+                report.row(product=name, tile=tile, failed=first_line(error))
                 continue
             ratio = torch_seconds / seconds
             report.row(

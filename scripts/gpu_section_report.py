@@ -49,7 +49,12 @@ class Report:
         """Say that a function of the project failed, which it stays, whatever else is measured."""
         entry = self.data["functions"].setdefault(function, {"detail": {}})
         entry["status"] = "failed"
-        entry["detail"]["error"] = str(error)[:500]
+        entry["detail"]["error"] = str(error)[:500] or type(error).__name__
+
+    def failed_operation(self, bench: Bench, name: str, error: Exception) -> None:
+        """The same of an operation, if it was that of the device and not plain torch."""
+        if bench.operations is not REFERENCE:
+            self.failed(f"op/{name}", error)
 
     def save(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self._started, 1)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_bench import Bench, Missing, OutOfTime
+from gpu_bench import Bench, Missing, OutOfTime, first_line
 from gpu_section_attention import attention
 from gpu_section_lanes import curves, pairs
 from gpu_section_operations import operations
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         report.data |= {"status": "cut", "reason": f"its {options.limit:.0f} s were up"}
     except Exception as error:
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         report.data |= {"status": "failed", "reason": reason}
     report.save()
     return 0 if report.data["status"] != "failed" else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 
 from nf_kernels import native_status
-from nf_kernels.ops import OPERATION_NAMES
+from nf_kernels.cuda.library import CudaLibrary
+from nf_kernels.ops import CUDA, OPERATION_NAMES, REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
+FAILED_AND_MEASURED = {"op/swiglu", "op/sample"}
 
 needs_lanes = pytest.mark.skipif(not native_status().available, reason="needs lanes of a CPU")
 
@@ -162,6 +165,56 @@ def test_what_failed_once_in_a_section_stays_failed(scripts: Any, tmp_path: Path
     report.measured("op/swiglu", share_at_128_rows=0.6)
     detail = {"share_at_64_rows": 0.5, "error": "out of memory", "share_at_128_rows": 0.6}
     assert report.data["functions"] == {"op/swiglu": {"status": "failed", "detail": detail}}
+
+
+def test_an_operation_in_plain_torch_has_neither_failed_nor_been_measured(
+    scripts: Any, tmp_path: Path
+) -> None:
+    report = scripts("gpu_section_report").Report(tmp_path / "section.json", {})
+    plain, own = (argparse.Namespace(operations=set_) for set_ in (REFERENCE, CUDA))
+    for bench in (plain, own):
+        report.failed_operation(bench, "swiglu", RuntimeError())
+        report.measured_operation(bench, "sample", share=0.5)
+        assert set(report.data["functions"]) == (set() if bench is plain else FAILED_AND_MEASURED)
+    assert report.data["functions"]["op/swiglu"]["detail"] == {"error": "RuntimeError"}
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (RuntimeError(), "RuntimeError"),
+    (RuntimeError("\nof the device"), "RuntimeError"),
+    (RuntimeError("out of memory\nof the device"), "out of memory"),
+    (RuntimeError("x" * 500), "x" * 300),
+])  # fmt: skip
+def test_an_error_is_told_in_a_line(scripts: Any, error: Exception, expected: str) -> None:
+    assert scripts("gpu_bench").first_line(error) == expected
+
+
+def test_an_operation_that_fails_without_a_word_does_not_end_its_section(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = scripts("gpu_section_operations")
+
+    def fail() -> None:
+        raise RuntimeError
+
+    case = scripts("gpu_operation_cases").OperationCase(make=fail, work=None, nbytes=1)
+    monkeypatch.setattr(section, "operation_cases", lambda bench, count: {"swiglu": case})
+    sizes = argparse.Namespace(few_rows=(1, 4), many_rows=16)
+    bench = argparse.Namespace(operations=REFERENCE, sizes=sizes, copies=lambda nbytes: 2)
+    report = scripts("gpu_section_report").Report(tmp_path / "section.json", {})
+    section.operations(bench, report)
+    assert [row["failed"] for row in report.data["rows"]] == ["RuntimeError"] * 2
+    assert report.data["functions"] == {}
+
+
+def test_the_library_that_stands_in_has_the_arguments_of_the_real_one(scripts: Any) -> None:
+    stand_in = scripts("gpu_bench").TorchLibrary
+    for name, function in inspect.getmembers(stand_in, inspect.isfunction):
+        mine, real = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (function, getattr(CudaLibrary, name))
+        )
+        assert mine == real, name
 
 
 def test_the_outcomes_of_tests_are_read_by_function(scripts: Any, tmp_path: Path) -> None:
