@@ -150,12 +150,21 @@ def _cuda_operations(flashinfer: Callable[[], Any]) -> ops.OperationSet:
     )
 
 
-@pytest.fixture(scope="session")
-def flashinfer_stand_in() -> ModuleType:
-    """The module beside this file, which tests cannot import."""
+def _beside_this_file(name: str) -> ModuleType:
+    """A module that tests cannot import."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent)
-        return importlib.import_module("flashinfer_stand_in")
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="session")
+def flashinfer_stand_in() -> ModuleType:
+    return _beside_this_file("flashinfer_stand_in")
+
+
+@pytest.fixture(scope="session")
+def cuda_driver_stand_in() -> ModuleType:
+    return _beside_this_file("cuda_driver_stand_in")
 
 
 @pytest.fixture(scope="module")

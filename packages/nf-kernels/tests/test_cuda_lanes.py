@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import itertools
 import weakref
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nf_kernels import lanes
+from nf_kernels.cuda.library import CudaLibrary
 from nf_kernels.lanes.cuda import MECHANISMS, CudaLane, current_lane, grant_sms
 from nf_kernels.lanes.cuda import runtime as cuda_runtime
 from nf_kernels.ops import REFERENCE
@@ -25,154 +26,11 @@ SHARES = st.lists(st.floats(0.001, 1000), min_size=1, max_size=12)
 LAYOUTS = st.lists(st.integers(8, 20), min_size=1, max_size=9)
 
 
-@dataclass(eq=False)
-class Resource:
-    sms: frozenset[int]
-    split: int | None  # the call that made it
-
-    @property
-    def sm(self):
-        return SimpleNamespace(smCount=len(self.sms))
-
-
-@dataclass(eq=False)
-class Context:
-    sms: frozenset[int]
-    streams: set[int] = field(default_factory=set)
-    alive: bool = True
-
-
-class Driver:
-    """The functions of `cuda.bindings.driver` that lanes call."""
-
-    CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
-    CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
-    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
-    GRANULARITY = 8
-
-    def __init__(self, layout: list[int]) -> None:
-        numbers = itertools.count()
-        self.clusters = [[next(numbers) for _ in range(size)] for size in layout]
-        self.contexts: list[Context] = []
-        self.of_stream: dict[int, Context] = {}
-        self.splits = itertools.count()
-        self.handles = itertools.count(1000)
-
-    def cuGetErrorName(self, error):
-        names = {1: b"CUDA_ERROR_INVALID_VALUE", 915: b"CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION"}
-        return 0, names[error]
-
-    def cuDeviceGet(self, ordinal):
-        return 0, f"device {ordinal}"
-
-    def cuDeviceGetDevResource(self, device, kind):
-        assert (device, kind) == ("device 0", 1)
-        return 0, Resource(frozenset(itertools.chain(*self.clusters)), None)
-
-    def cuDevSmResourceSplitByCount(self, count, resource, flags, min_count):
-        if resource.split is not None or flags or not 0 <= min_count <= len(resource.sms):
-            return 1, None, None, None
-        size = -(-max(min_count, 1) // self.GRANULARITY) * self.GRANULARITY
-        # A group does not cross a cluster's border in pieces smaller than the granularity.
-        pieces = [
-            cluster[start : start + self.GRANULARITY]
-            for cluster in self.clusters
-            for start in range(0, len(cluster) - self.GRANULARITY + 1, self.GRANULARITY)
-        ]
-        each = size // self.GRANULARITY
-        made = min(count, len(pieces) // each)
-        if not made:
-            return 915, None, None, None
-        split = next(self.splits)
-        groups = [
-            Resource(frozenset(itertools.chain(*pieces[i * each : (i + 1) * each])), split)
-            for i in range(made)
-        ]
-        left = resource.sms.difference(*(group.sms for group in groups))
-        unused = [Resource(frozenset(), None) for _ in range(count - made)]
-        return 0, groups + unused, made, Resource(left, split)
-
-    def cuDevResourceGenerateDesc(self, resources, count):
-        if count != len(resources) or not all(resource.sms for resource in resources):
-            return 1, None
-        splits = {resource.split for resource in resources}
-        if len(splits) > 1 or None in splits:
-            return 915, None
-        return 0, frozenset(itertools.chain(*(resource.sms for resource in resources)))
-
-    def cuGreenCtxCreate(self, description, device, flags):
-        if flags != 1:
-            return 1, None
-        self.contexts.append(Context(description))
-        return 0, self.contexts[-1]
-
-    def cuGreenCtxStreamCreate(self, context, flags, priority):
-        if flags != 1 or not context.alive:
-            return 1, None
-        handle = next(self.handles)
-        context.streams.add(handle)
-        self.of_stream[handle] = context
-        return 0, handle
-
-    def cuStreamDestroy(self, handle):
-        context = self.of_stream.pop(handle)
-        assert context.alive, "the context was destroyed before its stream"
-        context.streams.remove(handle)
-        return (0,)
-
-    def cuGreenCtxDestroy(self, context):
-        assert not context.streams, "the context was destroyed before its streams"
-        context.alive = False
-        return (0,)
-
-
-class Stream:
-    """A torch stream that notes what is asked of it."""
-
-    def __init__(self, handle=0, device=0, priority=0) -> None:
-        self.cuda_stream, self.priority = handle, priority
-        self.log: list[tuple[str, object]] = []
-
-    @staticmethod
-    def priority_range():
-        return 0, -5
-
-    def wait_stream(self, other):
-        self.log.append(("wait", other))
-
-    def wait_event(self, event):
-        self.log.append(("wait", event))
-
-    def synchronize(self):
-        self.log.append(("synchronize", None))
-
-
-class TorchEvent:
-    now = itertools.count()
-
-    def __init__(self, enable_timing) -> None:
-        assert enable_timing
-        self.time = None
-        self.over = False
-
-    def record(self, stream):
-        self.time = next(TorchEvent.now)
-        stream.log.append(("record", self))
-
-    def query(self):
-        return self.over
-
-    def synchronize(self):
-        self.over = True
-
-    def elapsed_time(self, later):
-        return 1000.0 * (later.time - self.time)  # milliseconds
-
-
 @pytest.fixture
-def outer(monkeypatch) -> Stream:
+def outer(monkeypatch, cuda_driver_stand_in):
     """The stream outside of lanes; torch.cuda behaves as if there were a device."""
-    current = [Stream()]
+    stand_in = cuda_driver_stand_in
+    current = [stand_in.Stream()]
 
     @contextlib.contextmanager
     def use(stream):
@@ -186,9 +44,9 @@ def outer(monkeypatch) -> Stream:
         "current_device": lambda: 0,
         "synchronize": lambda device: None,
         "get_device_properties": lambda device: properties,
-        "Stream": Stream,
-        "ExternalStream": Stream,
-        "Event": TorchEvent,
+        "Stream": stand_in.Stream,
+        "ExternalStream": stand_in.Stream,
+        "Event": stand_in.TorchEvent,
         "current_stream": lambda device: current[-1],
         "stream": use,
     }.items():
@@ -197,13 +55,13 @@ def outer(monkeypatch) -> Stream:
 
 
 @pytest.fixture
-def driver(monkeypatch, outer) -> Driver:
-    made = Driver(H200)
+def driver(monkeypatch, outer, cuda_driver_stand_in):
+    made = cuda_driver_stand_in.Driver(H200)
     monkeypatch.setattr(cuda_runtime, "_driver", lambda: made)
     return made
 
 
-def contexts_of(driver: Driver, made: list[lanes.Lane]) -> list[Context]:
+def contexts_of(driver, made: list[lanes.Lane]):
     return [driver.of_stream[lane.stream.cuda_stream] for lane in made]
 
 
@@ -239,8 +97,10 @@ def test_the_remainder_goes_where_it_is_missed_most():
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(LAYOUTS, SHARES)
-def test_lanes_have_all_sms_and_share_none(monkeypatch, outer, layout, shares):
-    driver = Driver(layout)
+def test_lanes_have_all_sms_and_share_none(
+    monkeypatch, outer, cuda_driver_stand_in, layout, shares
+):
+    driver = cuda_driver_stand_in.Driver(layout)
     monkeypatch.setattr(cuda_runtime, "_driver", lambda: driver)
     sms = sum(layout)
     monkeypatch.setattr(
@@ -442,7 +302,9 @@ def test_a_lane_keeps_the_tensors_of_what_is_queued(driver):
     assert not any(reference() is not None for reference in kept)
 
 
-def test_a_lane_lets_go_of_its_tensors_when_the_device_has_failed(driver, monkeypatch):
+def test_a_lane_lets_go_of_its_tensors_when_the_device_has_failed(
+    driver, cuda_driver_stand_in, monkeypatch
+):
     (lane,) = lanes.partition("cuda", [1])
     operations = CudaOperations(device_type="cpu").functions()
     out = torch.zeros(2, 3)
@@ -454,7 +316,7 @@ def test_a_lane_lets_go_of_its_tensors_when_the_device_has_failed(driver, monkey
     def fail(stream):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Stream, "synchronize", fail)
+    monkeypatch.setattr(cuda_driver_stand_in.Stream, "synchronize", fail)
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         lane.synchronize()
     gc.collect()
@@ -468,22 +330,33 @@ class Library:
         self.least_sms = least_sms
         self.calls: list[tuple[int, str]] = []
 
-    def best_tile(self, m, n, k, sm_count):
+    def best_tile(self, m, n, k, sm_count=0):
         if sm_count < self.least_sms:
             raise ValueError(f"sm_count is {sm_count}; expected enough for one of 1 tiles")
         return f"tile of {m}x{n}x{k}"
 
-    def takes(self, tile, *, m, n, k, sm_count, dtype):
+    def takes(self, tile, *, m, n, k, sm_count, dtype=torch.bfloat16):
         return dtype == torch.bfloat16
 
-    def workspace_bytes(self, *, m, n, k, tile, sm_count, dtype):
+    def workspace_bytes(self, *, m, n, k, tile=None, sm_count=0, dtype=torch.bfloat16):
         assert (tile, dtype) == (f"tile of {m}x{n}x{k}", torch.bfloat16)
         return 4 * sm_count
 
-    def gemm(self, *, x, weight, out, bias, residual, tile, sm_count, workspace):
+    def gemm(
+        self, *, x, weight, out, bias=None, residual=None, tile=None, sm_count=0, workspace=None
+    ):
         assert workspace.shape == (4 * sm_count,)
         self.calls.append((sm_count, tile))
         REFERENCE["linear"](x=x, weight=weight, out=out, bias=bias, residual=residual)
+
+
+def test_the_library_that_stands_in_has_the_arguments_of_the_real_one():
+    for name in ("best_tile", "takes", "workspace_bytes", "gemm"):
+        mine, real = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()]
+            for method in (getattr(Library, name), getattr(CudaLibrary, name))
+        )
+        assert mine == real, name
 
 
 def test_a_capped_lane_multiplies_on_its_sms(outer):
