@@ -14,10 +14,19 @@ from torch import Tensor
 
 from nf_kernels.cuda import abi, place, sources
 from nf_kernels.cuda import tiles as tile_table
+from nf_kernels.cuda.operands import (
+    DTYPES,
+    VECTOR_BYTES,
+    check_addresses,
+    check_devices,
+    check_rows,
+    check_sm_count,
+    check_workspace,
+    describe,
+    device_sms,
+    stride,
+)
 from nf_kernels.cuda.tiles import Tile
-
-_DTYPES = {getattr(torch, name): code for code, name in enumerate(sources.DTYPES)}
-_VECTOR_ELEMENTS, _VECTOR_BYTES = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +94,7 @@ class CudaLibrary:
         Raises:
             ValueError: A size is less than 1, or no tile runs on so few SMs.
         """
-        sms = sm_count or _sm_count(torch.device("cuda", torch.cuda.current_device()))
+        sms = sm_count or device_sms(torch.device("cuda", torch.cuda.current_device()))
         return self._best_tile(m=m, n=n, k=k, sm_count=sms)
 
     def takes(
@@ -108,7 +117,7 @@ class CudaLibrary:
         """
         problem = _contiguous_problem(m, n, k, sm_count, dtype)
         # What is checked of an address is that it is there, and its alignment.
-        problem.x = problem.weight = problem.out = _VECTOR_BYTES
+        problem.x = problem.weight = problem.out = VECTOR_BYTES
         status = self._functions.nf_cuda_gemm_check(self._number(tile), ctypes.byref(problem))
         return bool(status == abi.OK)
 
@@ -166,7 +175,7 @@ class CudaLibrary:
         """What a function that writes a number says of a product."""
         if not m or not n:
             return 0
-        sms = sm_count or _sm_count(torch.device("cuda", torch.cuda.current_device()))
+        sms = sm_count or device_sms(torch.device("cuda", torch.cuda.current_device()))
         problem = _contiguous_problem(m, n, k, sms, dtype)
         chosen = self.best_tile(m, n, k, sms) if tile is None else tile
         number, answer = self._number(chosen), ctypes.c_int64()
@@ -211,34 +220,34 @@ class CudaLibrary:
             ValueError: An argument is not as above.
             RuntimeError: The device is of another compute capability, or CUDA fails.
         """
-        m, k = _check_rows("x", x, x.dtype, None, None)
-        n, _ = _check_rows("weight", weight, x.dtype, None, k)
-        _check_rows("out", out, x.dtype, m, n)
+        m, k = check_rows("x", x, x.dtype, None, None)
+        n, _ = check_rows("weight", weight, x.dtype, None, k)
+        check_rows("out", out, x.dtype, m, n)
         operands = {"x": x, "weight": weight, "out": out}
         if residual is not None:
-            _check_rows("residual", residual, x.dtype, m, n)
+            check_rows("residual", residual, x.dtype, m, n)
             operands["residual"] = residual
-            if residual.data_ptr() == out.data_ptr() and _stride(residual) != _stride(out):
+            if residual.data_ptr() == out.data_ptr() and stride(residual) != stride(out):
                 raise ValueError(
-                    f"residual has rows {_stride(residual)} elements apart, out {_stride(out)}, "
+                    f"residual has rows {stride(residual)} elements apart, out {stride(out)}, "
                     f"and both begin at one address; expected one tensor or two apart"
                 )
         if bias is not None:
             if bias.dtype != x.dtype or bias.shape != (n,) or not bias.is_contiguous():
                 raise ValueError(
-                    f"bias is {_describe(bias)}; expected contiguous {x.dtype} [{n}], "
+                    f"bias is {describe(bias)}; expected contiguous {x.dtype} [{n}], "
                     f"one for each row of weight"
                 )
             operands["bias"] = bias
-        _check_addresses(operands)
-        _check_devices(operands)
-        sms = _check_sm_count(sm_count, x.device)
+        check_addresses(operands)
+        check_devices(operands)
+        sms = check_sm_count(sm_count, x.device)
         if not m or not n:
             return
         chosen = self.best_tile(m, n, k, sms) if tile is None else tile
         needed = self.workspace_bytes(m=m, n=n, k=k, tile=chosen, sm_count=sms, dtype=x.dtype)
         if needed:
-            _check_workspace(workspace, needed, x.device)
+            check_workspace(workspace, needed, x.device)
         problem = abi.GemmProblem(
             x=x.data_ptr(),
             weight=weight.data_ptr(),
@@ -248,11 +257,11 @@ class CudaLibrary:
             m=m,
             n=n,
             k=k,
-            x_stride=_stride(x),
-            weight_stride=_stride(weight),
-            residual_stride=0 if residual is None else _stride(residual),
-            out_stride=_stride(out),
-            dtype=_DTYPES[x.dtype],
+            x_stride=stride(x),
+            weight_stride=stride(weight),
+            residual_stride=0 if residual is None else stride(residual),
+            out_stride=stride(out),
+            dtype=DTYPES[x.dtype],
             sm_count=sms,
         )
         with torch.cuda.device(x.device):
@@ -279,7 +288,7 @@ class CudaLibrary:
         """
         if dst.dtype != src.dtype or dst.shape != src.shape:
             raise ValueError(
-                f"dst is {_describe(dst)}; expected {src.dtype} {list(src.shape)}, as src is"
+                f"dst is {describe(dst)}; expected {src.dtype} {list(src.shape)}, as src is"
             )
         operands = {"src": src, "dst": dst}
         for name, tensor in operands.items():
@@ -288,9 +297,9 @@ class CudaLibrary:
         size = src.numel() * src.element_size()
         if size and abs(src.data_ptr() - dst.data_ptr()) < size:
             raise ValueError("src and dst share memory; expected two ranges apart")
-        _check_addresses(operands)
-        _check_devices(operands)
-        sms = _check_sm_count(sm_count, src.device)
+        check_addresses(operands)
+        check_devices(operands)
+        sms = check_sm_count(sm_count, src.device)
         with torch.cuda.device(src.device):
             stream = torch.cuda.current_stream(src.device).cuda_stream
             status = self._functions.nf_cuda_copy(dst.data_ptr(), src.data_ptr(), size, sms, stream)
@@ -321,7 +330,7 @@ class CudaLibrary:
 def _contiguous_problem(
     m: int, n: int, k: int, sm_count: int, dtype: torch.dtype
 ) -> abi.GemmProblem:
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; expected torch.bfloat16 or torch.float16")
     return abi.GemmProblem(
         m=m,
@@ -330,97 +339,9 @@ def _contiguous_problem(
         x_stride=k,
         weight_stride=k,
         out_stride=n,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         sm_count=sm_count,
     )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _stride(rows: Tensor) -> int:
-    """Elements from one row to the next; of a single row its own, as torch gives that any."""
-    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
-
-
-def _check_rows(
-    name: str, rows: Tensor, dtype: torch.dtype, count: int | None, width: int | None
-) -> tuple[int, int]:
-    """Check the dtype and layout of a matrix; gives its shape."""
-    expected = f"[{'any' if count is None else count}, {'any' if width is None else width}]"
-    fits = rows.dim() == 2 and count in (None, rows.shape[0]) and width in (None, rows.shape[1])
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name} is {dtype}; expected torch.bfloat16 or torch.float16")
-    if rows.dtype != dtype or not fits:
-        raise ValueError(f"{name} is {_describe(rows)}; expected {dtype} {expected}")
-    if rows.shape[1] % _VECTOR_ELEMENTS:
-        raise ValueError(
-            f"{name} has rows of {rows.shape[1]}; expected a multiple of {_VECTOR_ELEMENTS}"
-        )
-    if name != "out" and not rows.shape[1]:
-        raise ValueError(f"{name} has rows of 0; expected at least {_VECTOR_ELEMENTS}")
-    if rows.shape[1] and rows.stride(1) != 1:
-        raise ValueError(
-            f"{name} has stride {rows.stride(1)} in its last dimension; expected 1, "
-            f"make it contiguous"
-        )
-    if _stride(rows) < rows.shape[1] or _stride(rows) % _VECTOR_ELEMENTS:
-        raise ValueError(
-            f"{name} has rows {_stride(rows)} elements apart; expected a multiple of "
-            f"{_VECTOR_ELEMENTS} and at least {rows.shape[1]}"
-        )
-    return rows.shape[0], rows.shape[1]
-
-
-def _check_addresses(operands: dict[str, Tensor]) -> None:
-    for name, tensor in operands.items():
-        if tensor.data_ptr() % _VECTOR_BYTES:
-            raise ValueError(
-                f"{name} begins {tensor.data_ptr() % _VECTOR_BYTES} bytes after a multiple of "
-                f"{_VECTOR_BYTES}; expected none, begin a view at another element"
-            )
-
-
-def _check_devices(operands: dict[str, Tensor]) -> None:
-    first = next(iter(operands.values())).device
-    for name, tensor in operands.items():
-        if tensor.device.type != "cuda" or tensor.device != first:
-            raise ValueError(
-                f"{name} is on {tensor.device}; expected all of {', '.join(operands)} on one "
-                f"CUDA device"
-            )
-
-
-def _check_workspace(workspace: Tensor | None, needed: int, device: torch.device) -> None:
-    if workspace is None:
-        raise ValueError(
-            f"workspace is None; expected uint8 [{needed}] or more, see workspace_bytes"
-        )
-    if workspace.dtype != torch.uint8 or workspace.dim() != 1 or workspace.shape[0] < needed:
-        raise ValueError(
-            f"workspace is {_describe(workspace)}; expected torch.uint8 [{needed}] or more"
-        )
-    if not workspace.is_contiguous() or workspace.device != device:
-        raise ValueError(
-            f"workspace is on {workspace.device} with stride {workspace.stride(0)}; "
-            f"expected contiguous memory on {device}"
-        )
-    _check_addresses({"workspace": workspace})
-
-
-def _check_sm_count(sm_count: int, device: torch.device) -> int:
-    available = _sm_count(device)
-    if not 0 <= sm_count <= available:
-        raise ValueError(
-            f"sm_count is {sm_count}; expected 1 to {available}, the SMs of {device}, or 0 for all"
-        )
-    return sm_count or available
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _built_from_other_sources(path: Path) -> str:
