@@ -58,7 +58,8 @@ class Reading:
     """
 
     def __init__(self) -> None:
-        buffers = [torch.ones(16 << 20) for _ in range(CYCLED_BYTES // (64 << 20))]
+        # No two pages of memory alike: a virtual machine's host may keep those once, in its cache.
+        buffers = [torch.rand(16 << 20) for _ in range(CYCLED_BYTES // (64 << 20))]
         self._bytes = buffers[0].nbytes
         self._calls = itertools.cycle([buffer.sum for buffer in buffers])
 
@@ -67,14 +68,16 @@ class Reading:
 
         The calls are cycled through. Of the rounds the middle one counts.
         """
-        rounds, at_once = 15, max(4, self._bytes // call_bytes)
+        rounds, buffers = 15, 4
+        # As many bytes, in about as much time: cores that have been idle need a while to be fast.
+        at_once = max(4, buffers * self._bytes // call_bytes)
         before = torch.get_num_threads()
         torch.set_num_threads(num_threads())
         cycled = itertools.cycle(calls)
         shares, rates = [], []
         for _ in range(rounds):
             time.sleep(QUIET_SECONDS)
-            rates.append(self._bytes / best_seconds(list(itertools.islice(self._calls, 4))))
+            rates.append(self._bytes / best_seconds(list(itertools.islice(self._calls, buffers))))
             time.sleep(QUIET_SECONDS)
             seconds = best_seconds(list(itertools.islice(cycled, at_once)))
             shares.append(call_bytes / seconds / rates[-1])
@@ -87,7 +90,7 @@ def reading() -> Reading:
     return Reading()
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=missed), pytest.param(16, marks=missed)])
+@pytest.mark.parametrize("rows", [1, 4, 16])
 def test_linear_of_few_rows_streams_its_weights(
     benchmark: object, reading: Reading, rows: int
 ) -> None:
@@ -142,8 +145,9 @@ def test_linear_of_many_rows_against_onednn(benchmark: object, rows: int) -> Non
     assert min(ratios.values()) >= 0.85
 
 
-@missed
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 4, 64), (32, 8, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(16, 4, 64), pytest.param(32, 8, 128, marks=missed)]
+)
 def test_decode_attention_streams_the_cache(
     benchmark: object, reading: Reading, heads: int, kv_heads: int, head_dim: int
 ) -> None:
@@ -153,7 +157,7 @@ def test_decode_attention_streams_the_cache(
     cache_bytes = 4 * pages * kv_heads * page_size * head_dim
     caches = [
         {name: torch.randn(shape).bfloat16() for name in ("k_cache", "v_cache")}
-        for _ in range(CYCLED_BYTES // cache_bytes // 4)
+        for _ in range(CYCLED_BYTES // cache_bytes)
     ]
     fixed = {
         "q": torch.randn(requests, heads * head_dim).bfloat16(),
@@ -179,7 +183,7 @@ def test_decode_attention_streams_the_cache(
 def row_operations(rows: int) -> dict[str, tuple[Cost, dict[str, object]]]:
     """Arguments of the row operations of an 8 B Llama in bfloat16, and what a call moves."""
     width, heads, kv_heads, head_dim, page_size = 4096, 32, 8, 128, 16
-    cache = torch.zeros(2, -(-rows // page_size), kv_heads, page_size, head_dim).bfloat16()
+    cache = torch.randn(2, -(-rows // page_size), kv_heads, page_size, head_dim).bfloat16()
     shape = {"rows": rows, "features": width, "element_bytes": 2}
     heads_shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     return {
@@ -215,11 +219,7 @@ def row_operations(rows: int) -> dict[str, tuple[Cost, dict[str, object]]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"),
-    [
-        *((name, rows) for name in ("rms_norm", "rope_append") for rows in (1, 16, 64)),
-        *(pytest.param("swiglu", rows, marks=missed) for rows in (1, 16, 64)),
-    ],
+    ("name", "rows"), itertools.product(("rms_norm", "swiglu", "rope_append"), (1, 16, 64))
 )
 def test_row_operations_against_plain_torch(benchmark: object, name: str, rows: int) -> None:
     before = torch.get_num_threads()

@@ -112,7 +112,7 @@ class UpcomingTile {
     }
     const char* from = groups_[group_] + at_;
 #pragma GCC unroll 4
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(from + i * 64, 0, 2);
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(from + i * 64, 0, 3);
     at_ += kLines * 64;
   }
 
@@ -210,12 +210,15 @@ template <int rows, int vectors, int lanes, typename T>
 inline __attribute__((always_inline)) void mix_tile(const float* weights, const TileValues<T>& values, int64_t column,
                                                     UpcomingTile<T>& next, float* mixed) {
   using V = typename Vectors<lanes>::Float;
+  constexpr bool separated = kPaired<T> && vectors % 2 == 0;  // every other column in a vector of its own
   const int64_t d = values.d;
   V sums[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) sums[r][v] = load<lanes>(mixed + r * d + column + v * lanes);
+#pragma GCC unroll 16
+    for (int v = 0; separated && v < vectors; v += 2) separate<lanes>(sums[r][v], sums[r][v + 1]);
   }
   for (int64_t group = values.first / kGroupKeys; group * kGroupKeys < values.end; ++group) {
     const int64_t start = group * kGroupKeys;
@@ -223,8 +226,14 @@ inline __attribute__((always_inline)) void mix_tile(const float* weights, const 
     const T* from = values.rows.v[group] + column;
     for (int64_t key = values.first > start ? values.first : start; key < stop; ++key) {
       V value[vectors];
+      const T* row = from + (key - start) * d;
+      if constexpr (separated) {
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) value[v] = load<lanes>(from + (key - start) * d + v * lanes);
+        for (int v = 0; v < vectors; v += 2) load_separate<lanes>(row + v * lanes, value[v], value[v + 1]);
+      } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) value[v] = load<lanes>(row + v * lanes);
+      }
       if (key % 2 == 0) next.fetch_lines();
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
@@ -236,6 +245,8 @@ inline __attribute__((always_inline)) void mix_tile(const float* weights, const 
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; separated && v < vectors; v += 2) interleave<lanes>(sums[r][v], sums[r][v + 1]);
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) store_as(mixed + r * d + column + v * lanes, sums[r][v]);
   }
@@ -345,14 +356,17 @@ inline __attribute__((always_inline)) void soften(const AttentionArgs& a, Attent
       store(to + v * kLanes, weight);
       sum += weight;
     }
-    const float shrink = exp_nonpositive(seen_maximum - maximum);
-    state.sum[first_row + r] = state.sum[first_row + r] * shrink + sum_of_lanes(sum);
-    seen_maximum = maximum;
-    if (shrink != 1.0f) {
-      float* mixed = state.mixed + (first_row + r) * d;
-#pragma omp simd
-      for (int64_t j = 0; j < d; ++j) mixed[j] *= shrink;
+    float& seen_sum = state.sum[first_row + r];
+    if (maximum == seen_maximum) {
+      seen_sum += sum_of_lanes(sum);
+      continue;
     }
+    const float shrink = exp_nonpositive(seen_maximum - maximum);
+    seen_sum = seen_sum * shrink + sum_of_lanes(sum);
+    seen_maximum = maximum;
+    float* mixed = state.mixed + (first_row + r) * d;
+#pragma omp simd
+    for (int64_t j = 0; j < d; ++j) mixed[j] *= shrink;
   }
 }
 

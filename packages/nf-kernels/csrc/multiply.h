@@ -48,8 +48,8 @@ struct Upcoming {
   inline __attribute__((always_inline)) void fetch(int64_t step) {
     if (!memory) return;
     const char* at = static_cast<const char*>(memory) + step * bytes;
-    __builtin_prefetch(at, 0, 2);
-    __builtin_prefetch(at + bytes / 2, 0, 2);
+    __builtin_prefetch(at, 0, 3);
+    __builtin_prefetch(at + bytes / 2, 0, 3);
   }
 };
 

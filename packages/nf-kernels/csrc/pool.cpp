@@ -1,12 +1,5 @@
 #include "pool.h"
 
-#include <pthread.h>
-#include <sched.h>
-
-#include <cstring>
-#include <stdexcept>
-#include <string>
-
 namespace nf {
 namespace {
 
@@ -16,25 +9,12 @@ constexpr uint32_t kNumber = 1u << 16;
 
 }  // namespace
 
-void pin(std::thread& thread, int core) {
-#if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(static_cast<std::size_t>(core), &set);
-  if (const int error = pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set)) {
-    throw std::runtime_error("core " + std::to_string(core) + " cannot be had: " + std::strerror(error));
-  }
-#else
-  static_cast<void>(thread);  // the system has no pinning; the threads go where it puts them
-  static_cast<void>(core);
-#endif
-}
-
-Pool::Pool(int64_t helpers, const std::vector<int>& cores) {
+Pool::Pool(int64_t helpers, const std::vector<int>& cores) : pinned_(!cores.empty()) {
   try {
     for (int64_t i = 0; i < helpers; ++i) {
-      threads_.emplace_back(&Pool::help, this, i + 1);
-      if (!cores.empty()) pin(threads_.back(), cores[static_cast<std::size_t>(i)]);
+      Helper& helper = helpers_.emplace_back();
+      helper.thread = std::thread([this, &helper, i] { help(helper, i + 1); });
+      if (pinned_) pin(helper.thread, cores[static_cast<std::size_t>(i)]);
     }
   } catch (...) {
     stop();
@@ -48,15 +28,23 @@ void Pool::stop() {
   stopping_.store(true);
   gate_.fetch_add(kNumber, std::memory_order_release);
   gate_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  for (Helper& helper : helpers_) {
+    if (helper.thread.joinable()) helper.thread.join();
+  }
 }
 
 void Pool::run(const Command& command) {
   int64_t taken = 0;
   const std::unique_lock lock(running_, std::try_to_lock);
-  if (!lock.owns_lock() || threads_.empty()) {
+  if (!lock.owns_lock() || helpers_.empty()) {
     command(Team{0, size(), &taken});
     return;
+  }
+  const int core = pinned_ ? -1 : current_core();
+  for (Helper& helper : helpers_) {
+    if (core < 0 || helper.core.load(std::memory_order_relaxed) != core) continue;
+    helper.forbidden.set(helper.thread, core);
+    helper.core.store(-1, std::memory_order_relaxed);
   }
   command_ = &command;
   taken_ = 0;
@@ -72,11 +60,12 @@ void Pool::run(const Command& command) {
   }
 }
 
-void Pool::help(int64_t index) {
+void Pool::help(Helper& helper, int64_t index) {
   for (uint32_t seen = 0;;) {
     uint32_t gate = gate_.load(std::memory_order_acquire);
     if (stopping_.load()) return;
     if ((gate & kOpen) == 0 || gate / kNumber == seen / kNumber) {
+      helper.core.store(current_core(), std::memory_order_relaxed);
       // Asleep for as many commands as there are numbers, it would miss one: nobody waits for it.
       wait_for_change(gate_, gate);
       continue;

@@ -3,11 +3,13 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "cores.h"
 #include "team.h"
 
 namespace nf {
@@ -16,6 +18,9 @@ using Command = std::function<void(const Team&)>;
 
 // A thread that is late is not waited for: whoever calls `run` takes all tasks that no helper has taken, and then waits
 // for those alone that are at work. So a helper that the system has put aside for another program holds nobody up.
+//
+// The system often wakes a helper on the core of the thread that woke it, where it waits for that one's time slice to end
+// though other cores idle. A helper that was last seen there is moved away first.
 class Pool {
  public:
   // Starts `helpers` threads; with `cores`, each is pinned to its own. Throws std::runtime_error when a core cannot be had.
@@ -28,13 +33,20 @@ class Pool {
   // When another thread is in here, this one runs the command alone.
   void run(const Command& command);
 
-  int64_t size() const { return static_cast<int64_t>(threads_.size()) + 1; }
+  int64_t size() const { return static_cast<int64_t>(helpers_.size()) + 1; }
 
  private:
-  void help(int64_t index);
+  struct Helper {
+    std::thread thread;
+    std::atomic<int> core{-1};  // that it ran on last; -1 where that is not known
+    ForbiddenCore forbidden;    // that of the thread it helps, once the two have met
+  };
+
+  void help(Helper& helper, int64_t index);
   void stop();
 
-  std::vector<std::thread> threads_;
+  std::deque<Helper> helpers_;
+  bool pinned_;
   std::mutex running_;
   const Command* command_ = nullptr;
   int64_t taken_ = 0;
@@ -43,9 +55,6 @@ class Pool {
   std::atomic<uint32_t> finished_{0};
   std::atomic<bool> stopping_{false};
 };
-
-// Pins a thread to a core, where the system can. Throws std::runtime_error when the core cannot be had.
-void pin(std::thread& thread, int core);
 
 // Waits until `value` is no longer `old`: a little while on the processor, as most changes come at once, then asleep.
 template <typename T>

@@ -118,6 +118,38 @@ inline void store_first(T* p, int64_t n, Vec v) {
   __builtin_memcpy(p, elements, static_cast<std::size_t>(n) * sizeof(T));
 }
 
+// Elements 0, 2, 4, ... of two vectors, and 1, 3, 5, ...
+template <int lanes>
+inline __attribute__((always_inline)) void separate(typename Vectors<lanes>::Float& a,
+                                                    typename Vectors<lanes>::Float& b) {
+  typename Vectors<lanes>::Ints even;
+  for (int i = 0; i < lanes; ++i) even[i] = 2 * i;
+  const auto evens = __builtin_shuffle(a, b, even);
+  b = __builtin_shuffle(a, b, even + 1);
+  a = evens;
+}
+
+// The reverse of it.
+template <int lanes>
+inline __attribute__((always_inline)) void interleave(typename Vectors<lanes>::Float& a,
+                                                      typename Vectors<lanes>::Float& b) {
+  typename Vectors<lanes>::Ints low;
+  for (int i = 0; i < lanes; ++i) low[i] = i / 2 + i % 2 * lanes;
+  const auto lows = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, low + lanes / 2);
+  a = lows;
+}
+
+// 2 * lanes elements as floats, separated as above: half the work of loading them in order.
+template <int lanes>
+inline __attribute__((always_inline)) void load_separate(const BFloat16* p, typename Vectors<lanes>::Float& even,
+                                                         typename Vectors<lanes>::Float& odd) {
+  using V = Vectors<lanes>;
+  const auto pairs = load_as<typename V::Bits>(p);
+  even = reinterpret_cast<typename V::Float>(pairs << 16);
+  odd = reinterpret_cast<typename V::Float>(pairs & 0xffff0000u);
+}
+
 inline __attribute__((always_inline)) Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline __attribute__((always_inline)) float max_lane(Vec v) {

@@ -12,13 +12,20 @@ from nf_kernels.lanes.kept_arguments import KeptArguments
 from nf_kernels.lanes.lane import Event, Lane, grant
 from nf_kernels.native import native_module, native_status
 
-_current = threading.local()
+
+class _Current(threading.local):
+    """The lanes that a thread has entered, the last one last."""
+
+    lanes: tuple[CpuLane, ...] = ()
+
+
+_current = _Current()
 
 
 def current_lane() -> CpuLane | None:
     """The lane that this thread's operations go to."""
-    stack: list[CpuLane] = getattr(_current, "lanes", [])
-    return stack[-1] if stack else None
+    lanes = _current.lanes
+    return lanes[-1] if lanes else None
 
 
 class CpuEvent:
@@ -76,8 +83,7 @@ class CpuLane:
     def __enter__(self) -> Self:
         """As `Lane`."""
         native = self._open()
-        stack: list[CpuLane] = _current.__dict__.setdefault("lanes", [])
-        stack.append(self)
+        _current.lanes = (*_current.lanes, self)
         self._set_current(native)
         return self
 
@@ -88,9 +94,9 @@ class CpuLane:
         trace: TracebackType | None,
     ) -> None:
         """As `Lane`."""
-        stack: list[CpuLane] = _current.lanes
-        stack.pop()
-        self._set_current(stack[-1]._open() if stack else None)
+        _current.lanes = _current.lanes[:-1]
+        outer = current_lane()
+        self._set_current(outer._open() if outer else None)
 
     def record(self) -> CpuEvent:
         """As `Lane.record`."""
@@ -113,7 +119,7 @@ class CpuLane:
         Raises:
             RuntimeError: This thread's operations still go to the lane.
         """
-        if self in getattr(_current, "lanes", []):
+        if self in _current.lanes:
             raise RuntimeError("the lane is closed inside of its own `with`; close it after")
         self._native = None  # its end waits for what is queued
         self._kept.clear()

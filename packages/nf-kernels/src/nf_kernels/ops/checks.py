@@ -11,6 +11,17 @@ Shape = tuple[int | None, ...]
 """Sizes by dimension; None is any."""
 
 
+def _fits(have: Shape, wanted: Shape) -> bool:
+    if have == wanted:
+        return True
+    if len(have) != len(wanted):
+        return False
+    for size, want in zip(have, wanted, strict=True):  # a generator would take twice as long
+        if want is not None and want != size:
+            return False
+    return True
+
+
 class Checks:
     """Checks for tensors on one type of device.
 
@@ -30,18 +41,13 @@ class Checks:
 
     def tensor(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: Shape) -> None:
         """Rows whose elements are next to each other; the rows may be apart."""
-        fits = tensor.shape == shape or (
-            None in shape
-            and tensor.dim() == len(shape)
-            and all(want in (None, have) for have, want in zip(tensor.shape, shape, strict=True))
-        )
-        if tensor.dtype != dtype or not fits or not self._is_there(tensor):
+        if not (tensor.dtype == dtype and _fits(tensor.shape, shape) and self._is_there(tensor)):
             expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
                 f"expected {dtype} {expected} on {self._device_type}"
             )
-        if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if shape and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, "
                 f"make it contiguous"

@@ -4,7 +4,6 @@ Arguments are those of `nf_kernels.ops.reference`. Shapes and dtypes are checked
 extension is given an address; float32, bfloat16 and float16 are supported.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from nf_kernels.lanes.cpu import current_lane
 from nf_kernels.native import native_module
 from nf_kernels.ops import packing, reference
 from nf_kernels.ops.checks import Checks
+from nf_kernels.ops.kept_by_lane import kept_by_lane
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -379,9 +379,10 @@ def sample_scratch_bytes(*, vocab_size: int) -> int:
 def swiglu(*, gate_up: Tensor, out: Tensor) -> None:
     """As `reference.swiglu`."""
     _check("gate_up", gate_up, gate_up.dtype, (None, None))
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up has rows of {gate_up.shape[1]}; expected an even number")
+    rows, both = gate_up.shape
+    if both % 2:
+        raise ValueError(f"gate_up has rows of {both}; expected an even number")
+    width = both // 2
     _check("out", out, gate_up.dtype, (rows, width))
     _kernels().swiglu(
         _dtype_code("gate_up", gate_up),
@@ -617,22 +618,9 @@ def _attention(
     )
 
 
-def _kept_by_lane(operation: Callable[..., None]) -> Callable[..., None]:
-    """Let the lane that an operation is queued on keep its tensors alive."""
-
-    @functools.wraps(operation)
-    def call(**arguments: Any) -> None:
-        operation(**arguments)
-        lane = current_lane()
-        if lane is not None:
-            lane.keep(arguments)
-
-    return call
-
-
 OPERATIONS: Mapping[str, Callable[..., None]] = MappingProxyType(
     {
-        operation.__name__: _kept_by_lane(operation)
+        operation.__name__: kept_by_lane(operation, current_lane)
         for operation in (
             embedding,
             gather_rows,
