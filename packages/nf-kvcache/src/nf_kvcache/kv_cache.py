@@ -2,55 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from nf_kvcache.copier import Copier, Layer, make_copier
+from nf_kvcache.device_pages import DevicePages
+from nf_kvcache.disk_tier import DiskTier
+from nf_kvcache.host_tier import HostTier
+from nf_kvcache.index import make_index
 from nf_kvcache.layout import KVLayout
-from nf_kvcache.page_pool import PagePool
+from nf_kvcache.lower_tiers import LowerTiers
+from nf_kvcache.offload import HostArrival, IterationOffload
 from nf_kvcache.page_table import PageTable
-from nf_kvcache.prefix_index import PrefixIndex, PrefixNode
 from nf_kvcache.prefix_match import PrefixMatch
+from nf_kvcache.restore import Restore, RestoreStep
 from nf_kvcache.stats import KVCacheStats
+from nf_kvcache.tier import Tier
+
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
 class _Entry:
     """A sequence: where its pages are, and how far they are filled and indexed."""
 
-    __slots__ = ("node", "num_tokens", "row", "tail")
+    __slots__ = (
+        "arrivals",
+        "forked",
+        "match",
+        "node",
+        "num_tokens",
+        "restores",
+        "row",
+        "salt",
+        "tail",
+    )
 
-    def __init__(self, row: int, node: PrefixNode, num_tokens: int) -> None:
+    def __init__(self, row: int, node: int, salt: bytes, match: PrefixMatch) -> None:
         self.row = row
         self.node = node  # the longest indexed prefix
-        self.num_tokens = num_tokens  # whose KV is complete
-        self.tail = b""  # those of them that do not fill a page yet
+        self.salt = salt  # of its root
+        self.num_tokens = 0  # whose KV is complete
+        self.tail = _NO_TOKENS  # those of them that do not fill a page yet
+        self.match = match  # what it began with
+        self.restores: list[Restore] = []  # that it waits for
+        self.arrivals: dict[int, HostArrival] = {}  # by position: full pages on their way down
+        self.forked = False  # its last page may be shared while it is partly filled
 
 
 class KVCache:
-    """Pages of K and V on one device, taken by the sequence and shared by prefix.
+    """Pages of K and V on a device, taken by the sequence, shared by prefix, kept in lower tiers.
 
     A sequence is a name. It begins with its first `reserve`, which may carry a match, and ends with
-    `release`. Full pages that were committed can be found by later matches, also after their
-    sequence has been released, until the page is needed for something else, least recently used
-    first. A page that a sequence refers to is never taken. Partly filled pages are never shared.
+    `release` or `preempt`. Full pages that were committed can be found by later matches, also after
+    their sequence has ended, until the page is needed for something else, least recently used
+    first; with lower tiers, even then. A page that a sequence refers to is never taken. Partly
+    filled pages are shared by `fork` alone.
 
     It satisfies `nf_scheduler.PageBudget`. Not thread-safe.
 
     Args:
         layout: shape of a page.
-        num_pages: pages to allocate, `layout.bytes_per_page` each.
+        num_pages: pages of the device to allocate, `layout.bytes_per_page` each.
         device: where.
         prefix_caching: False finds nothing and keeps nothing.
+        host_bytes: bound of the host tier; 0 for none.
+        disk: a disk tier for pages of the same shape; needs a host tier, through which its pages
+            go. `close` closes it.
+        copier: between device and host; by default one that torch does.
+        restore_seconds: after which a page that has not come up is computed instead.
+        native_index: False keeps the prefix index in plain Python.
+        clock: seconds.
 
     Attributes:
         layout: shape of a page.
-        num_pages: pages that exist.
+        num_pages: pages of the device.
         layers: for every layer its K and its V, each [num_pages, num_kv_heads, page_size,
             head_dim]; zero at first. The owner of the cache writes them.
 
     Raises:
-        ValueError: num_pages is below 1.
+        ValueError: num_pages is below 1, there is a disk tier without a host tier or for other
+            pages, or tiers below a cache that keeps nothing.
     """
 
     def __init__(
@@ -60,49 +96,94 @@ class KVCache:
         *,
         device: str | torch.device = "cpu",
         prefix_caching: bool = True,
+        host_bytes: int = 0,
+        disk: DiskTier | None = None,
+        copier: Copier | None = None,
+        restore_seconds: float = 2.0,
+        native_index: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}; expected at least 1.")
+        if host_bytes < 0:
+            raise ValueError(f"host_bytes is {host_bytes}; expected 0 or more.")
+        if disk is not None and not host_bytes:
+            raise ValueError(
+                "host_bytes is 0, and there is a disk tier, whose pages go through the host; give "
+                "the host tier some memory."
+            )
+        if host_bytes and not prefix_caching:
+            raise ValueError(
+                "prefix_caching is False and host_bytes is not 0: lower tiers keep prefixes. Leave "
+                "one of them off."
+            )
+        if disk is not None and (disk.page_bytes, disk.page_size) != (
+            layout.bytes_per_page,
+            layout.page_size,
+        ):
+            raise ValueError(
+                f"disk has pages of {disk.page_bytes} bytes and {disk.page_size} tokens; expected "
+                f"{layout.bytes_per_page} bytes and {layout.page_size} tokens, as in layout."
+            )
+        device = torch.device(device)
         self.layout = layout
         self.num_pages = num_pages
-        shape = (num_pages, *layout.page_shape)
-        self.layers = [
-            (
-                torch.zeros(shape, dtype=layout.dtype, device=device),
-                torch.zeros(shape, dtype=layout.dtype, device=device),
-            )
-            for _ in range(layout.num_layers)
-        ]
         self._prefix_caching = prefix_caching
-        self._bytes_per_key = layout.page_size * np.dtype(np.int32).itemsize
-        self._index = PrefixIndex()
-        self._pool = PagePool(num_pages, on_evict=self._index.forget)
+        self._index = make_index(layout.page_size, native=native_index)
+        self._device = DevicePages(layout, num_pages, device, self._index)
         self._table = PageTable()
         self._entries: dict[str, _Entry] = {}
         self._queried_tokens = 0
-        self._hit_tokens = 0
+        self._hit_tokens = dict.fromkeys(Tier, 0)
+        self._copier = copier or make_copier(device)
+        self._lower: LowerTiers | None = None
+        if host_bytes:
+            self._lower = LowerTiers(
+                self._device,
+                self._index,
+                HostTier(layout, host_bytes, device=device),
+                disk,
+                self._copier,
+                restore_seconds=restore_seconds,
+                clock=clock,
+            )
 
     @property
     def page_size(self) -> int:
         """Token slots in a page."""
         return self.layout.page_size
 
-    def match(self, token_ids: np.ndarray) -> PrefixMatch:
-        """Find the longest prefix of `token_ids` whose KV is here, in whole pages.
+    @property
+    def layers(self) -> list[Layer]:
+        """K and V of every layer."""
+        return self._device.layers
+
+    def match(self, token_ids: np.ndarray, *, seq: str = "", cache_salt: str = "") -> PrefixMatch:
+        """Find the longest prefix of `token_ids` whose KV exists in any tier.
 
         Args:
             token_ids: int32 [n]. To leave a last token to compute, leave it out.
+            seq: name of a preempted sequence to go on with: what was kept of its last, partly
+                filled page counts too. All else is found in whole pages.
+            cache_salt: whose KV to look at; sequences with different salts share nothing.
         """
         if not self._prefix_caching:
-            return PrefixMatch(0, ())
-        tokens = np.asarray(token_ids, dtype=np.int32)
-        path = self._index.walk(tokens.tobytes(), self._bytes_per_key)
-        return PrefixMatch(
-            num_tokens=len(path) * self.page_size,
-            pages=tuple(node.page for node in path),
-            queried_tokens=len(tokens),
-            node=path[-1] if path else None,
-        )
+            return PrefixMatch()
+        tokens = np.ascontiguousarray(token_ids, dtype=np.int32)
+        tail = None
+        if self._lower is not None:
+            self._lower.poll()
+            tail = self._lower.tail_of(seq) if seq else None
+        nodes, pages = self._index.walk(_digest(cache_salt), tokens)
+        num_tokens = len(nodes) * self.page_size
+        if tail is not None:
+            last = int(nodes[-1]) if len(nodes) else self._index.root(_digest(cache_salt))
+            rest = tokens[num_tokens : num_tokens + len(tail.tokens)]
+            if tail.node != last or not np.array_equal(tail.tokens, rest):
+                tail = None
+            else:
+                num_tokens += len(rest)
+        return PrefixMatch(num_tokens, len(tokens), nodes, pages, tail, _digest(cache_salt))
 
     def can_reserve(self, seq: str, num_tokens: int, match: PrefixMatch | None = None) -> bool:
         """Whether `reserve` with the same arguments would find enough pages.
@@ -111,16 +192,19 @@ class KVCache:
             ValueError: as `reserve`.
         """
         count, shared = self._missing(seq, num_tokens, match)
-        return self._pool.can_take(count, shared)
+        return self._device.pool.can_take(count, shared)
 
     def reserve(self, seq: str, num_tokens: int, match: PrefixMatch | None = None) -> None:
         """Give `seq` pages for `num_tokens` tokens in total, from its start; never takes any away.
+
+        Pages of the match that are in a lower tier begin their way up; `restored` says when they
+        have come. What is written next to a page shared by `fork` is written to a page of its own.
 
         Args:
             seq: name of the sequence; a new one begins it.
             num_tokens: >= 1.
             match: for a new sequence, its prefix. Its pages become the first of the sequence, and
-                its tokens count as committed.
+                its tokens count as committed once they are on the device.
 
         Raises:
             OutOfPages: there are not enough; nothing has changed.
@@ -128,18 +212,39 @@ class KVCache:
                 because its pages went to others, or comes with a sequence that has begun before.
         """
         count, shared = self._missing(seq, num_tokens, match)
-        pages = self._pool.take(count, shared)
+        pages = self._device.pool.take(count, shared)
         entry = self._entries.get(seq)
         if entry is None:
-            node = self._index.root if match is None or match.node is None else match.node
-            entry = _Entry(self._table.add_row(), node, len(shared) * self.page_size)
-            self._index.hold(node)
-            self._entries[seq] = entry
-            self._table.append(entry.row, list(shared))
-            if match is not None:
-                self._queried_tokens += match.queried_tokens
-                self._hit_tokens += match.num_tokens
-        self._table.append(entry.row, pages)
+            self._begin(seq, match or PrefixMatch(), pages)
+        elif entry.forked:
+            self._unshare(entry, pages)  # takes those that it needs
+            self._table.append(entry.row, pages)
+        else:
+            self._table.append(entry.row, pages)
+
+    def restored(self, seq: str) -> PrefixMatch | None:
+        """What has come of the match that `seq` began with.
+
+        Returns:
+            None while some of it is on its way up. Else the match; or less of it, if a page was
+            damaged or too late. Then the tokens behind have to be computed.
+
+        Raises:
+            KeyError: no such sequence.
+        """
+        entry = self._entry(seq)
+        if not entry.restores:
+            return entry.match
+        if self._lower is not None:
+            self._lower.poll()
+        if not all(restore.ended for restore in entry.restores):
+            return None
+        return self._end_restore(seq, entry)
+
+    def wait(self, timeout: float) -> None:
+        """Wait until some restore has come further, `timeout` seconds at most."""
+        if self._lower is not None:
+            self._lower.wait(timeout)
 
     def commit(self, seq: str, token_ids: np.ndarray) -> None:
         """Say that the KV of the next tokens of `seq` is complete; full pages can be found then.
@@ -150,7 +255,8 @@ class KVCache:
 
         Raises:
             KeyError: no such sequence.
-            ValueError: there are more tokens than room was reserved for; nothing has changed.
+            ValueError: there are more tokens than room was reserved for, or its match is still on
+                the way up; nothing has changed.
         """
         entry = self._entry(seq)
         tokens = np.asarray(token_ids, dtype=np.int32)
@@ -160,22 +266,80 @@ class KVCache:
                 f"commit of {len(tokens)} tokens to sequence {seq!r}, which has filled "
                 f"{entry.num_tokens} of {room} token slots; reserve more first."
             )
+        if entry.restores:
+            raise ValueError(
+                f"commit to sequence {seq!r}, whose prefix is on its way up; wait until restored() "
+                "gives a match."
+            )
         first = entry.num_tokens // self.page_size
         entry.num_tokens += len(tokens)
-        if not self._prefix_caching:
-            return
-        step = self._bytes_per_key
-        data = entry.tail + tokens.tobytes()
-        full = len(data) - len(data) % step
-        entry.tail = data[full:]
-        if full:
+        data = np.concatenate((entry.tail, tokens))
+        full = len(data) // self.page_size
+        entry.tail = data[full * self.page_size :]
+        if full and self._prefix_caching:
             node = entry.node
             pages = self._table.pages(entry.row, first)
-            for start, page in zip(range(0, full, step), pages, strict=False):
-                node = self._index.extend(node, data[start : start + step], page)
-            self._index.hold(node)
-            self._index.unhold(entry.node)
-            entry.node = node
+            for position in range(full):
+                key = data[position * self.page_size : (position + 1) * self.page_size]
+                node = self._index.extend(node, key)
+                self._device.place(node, pages[position])
+                arrival = entry.arrivals.pop(first + position, None)
+                if arrival is not None and self._lower is not None:
+                    self._lower.expect(arrival, node, entry.salt)
+            self._move(entry, node)
+
+    def begin_iteration(
+        self, seqs: Sequence[str], context_lens: np.ndarray, new_lens: np.ndarray
+    ) -> IterationOffload | None:
+        """Prepare to copy the pages that an iteration fills to the host, layer by layer.
+
+        Args:
+            seqs: names of n sequences.
+            context_lens: int32 [n], tokens before the iteration.
+            new_lens: int32 [n], tokens that the iteration computes.
+
+        Returns:
+            What to call around the writes to each layer, whether a page becomes full or not; None
+            without lower tiers.
+        """
+        if self._lower is None:
+            return None
+        starts = np.asarray(context_lens) // self.page_size
+        stops = (np.asarray(context_lens) + new_lens) // self.page_size
+        places: list[tuple[_Entry, int]] = []
+        pages: list[int] = []
+        for i in np.flatnonzero(stops > starts).tolist():
+            entry = self._entry(seqs[i])
+            start, stop = int(starts[i]), int(stops[i])
+            pages += self._table.pages(entry.row, start)[: stop - start]
+            places += [(entry, position) for position in range(start, stop)]
+        offload, arrivals = self._lower.begin_iteration(pages)
+        for (entry, position), arrival in zip(places, arrivals, strict=False):
+            entry.arrivals[position] = arrival
+        return offload
+
+    def fork(self, parent: str, child: str) -> None:
+        """Begin `child` with all that `parent` has committed, partly filled last page included.
+
+        Both go on with `reserve` before they write; whoever is first gets a page of its own then.
+
+        Raises:
+            KeyError: no such parent.
+            ValueError: the child has begun before, or the parent waits for a restore.
+        """
+        source = self._entry(parent)
+        if child in self._entries:
+            raise ValueError(f"fork to sequence {child!r}, which has begun before.")
+        if source.restores:
+            raise ValueError(f"fork of sequence {parent!r}, whose prefix is on its way up.")
+        pages = self._table.pages(source.row)[: -(-source.num_tokens // self.page_size)]
+        self._device.pool.hold(pages)
+        entry = _Entry(self._table.add_row(), source.node, source.salt, PrefixMatch())
+        entry.num_tokens, entry.tail = source.num_tokens, source.tail
+        entry.forked = source.forked = True
+        self._index.hold(entry.node)
+        self._table.append(entry.row, pages)
+        self._entries[child] = entry
 
     def release(self, seq: str) -> None:
         """End `seq`. Its full pages can still be found until they are needed.
@@ -185,10 +349,40 @@ class KVCache:
         """
         entry = self._entry(seq)
         del self._entries[seq]
+        for restore in entry.restores:
+            restore.waiters.discard(seq)
+        if self._lower is not None:
+            for arrival in entry.arrivals.values():
+                self._lower.expect(arrival)
+            self._lower.poll()
         # The last page first, so that a prefix is not evicted before what builds on it.
-        self._pool.release(reversed(self._table.pages(entry.row)), keep=self._index.nodes)
+        self._device.pool.release(reversed(self._table.pages(entry.row)), keep=self._device.nodes)
         self._index.unhold(entry.node)
         self._table.remove_row(entry.row)
+
+    def preempt(self, seq: str) -> None:
+        """End `seq` for now: what it has committed goes to the host, where there is one.
+
+        A later match that names `seq` finds it there, its partly filled last page included, unless
+        the host needed the room for something else.
+
+        Raises:
+            KeyError: no such sequence.
+        """
+        entry = self._entry(seq)
+        if self._lower is not None and not entry.restores:
+            pages = self._table.pages(entry.row)
+            full = entry.num_tokens // self.page_size
+            path = []
+            node = entry.node
+            for position in range(full - 1, -1, -1):
+                path.append((node, pages[position]))
+                node = self._index.parent(node)
+            path.reverse()
+            page = pages[full] if len(entry.tail) else -1
+            tail = (entry.node, page, entry.tail)
+            self._lower.keep_preempted(seq, path, entry.salt, tail)
+        self.release(seq)
 
     def page_tables(self, seqs: Sequence[str], out: np.ndarray | None = None) -> np.ndarray:
         """The pages of each of `seqs`, in order, as attention kernels read them.
@@ -208,17 +402,29 @@ class KVCache:
         return self._table.gather([self._entry(seq).row for seq in seqs], out)
 
     def stats(self) -> KVCacheStats:
-        """Pages by state, and what happened so far."""
-        pool = self._pool
+        """Pages by tier and state, and what happened so far."""
+        pool = self._device.pool
         return KVCacheStats(
             pages_total=pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=pool.num_idle,
             pages_free=pool.num_free,
             queried_tokens=self._queried_tokens,
-            hit_tokens=self._hit_tokens,
+            hit_tokens=sum(self._hit_tokens.values()),
             evictions=pool.evictions,
+            hit_tokens_by_tier={tier.label: count for tier, count in self._hit_tokens.items()},
+            lower=None if self._lower is None else self._lower.stats(),
         )
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything that is on its way down has come; False if that takes too long."""
+        return self._lower is None or self._lower.flush(timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Write what is on its way down, `timeout` seconds at most, and end the lower tiers."""
+        if self._lower is not None:
+            self._lower.close(timeout)
+        self._copier.close()
 
     def check_integrity(self) -> None:
         """Compare everything that is kept twice. Costs time linear in the number of pages.
@@ -226,21 +432,30 @@ class KVCache:
         Raises:
             RuntimeError: names what does not agree.
         """
-        self._pool.check_integrity()
-        self._index.check_integrity(entry.node for entry in self._entries.values())
+        self._index.check_integrity()
+        self._device.check_integrity()
         references = [0] * self.num_pages
+        holders: Counter[int] = Counter()
         for entry in self._entries.values():
+            holders[entry.node] += 1
             for page in self._table.pages(entry.row):
                 references[page] += 1
-        for page, count in enumerate(references):
-            if count != self._pool.references(page):
+        if self._lower is not None:
+            self._lower.check_integrity()
+            for page in self._lower.device_pages_held():
+                references[page] += 1
+            holders.update(self._lower.nodes_held())
+        for node in self._index.nodes().tolist():
+            if self._index.holders(node) != holders[node]:
                 raise RuntimeError(
-                    f"The KV cache is broken: page {page} is in {count} sequences, but has "
-                    f"{self._pool.references(page)} references."
+                    f"The KV cache is broken: a prefix has {holders[node]} holders, but counts "
+                    f"{self._index.holders(node)}."
                 )
-            if self._pool.is_idle(page) and page not in self._index.nodes:
+        for page, count in enumerate(references):
+            if count != self._device.pool.references(page):
                 raise RuntimeError(
-                    f"The KV cache is broken: page {page} is kept, but cannot be found."
+                    f"The KV cache is broken: page {page} has {count} holders, but "
+                    f"{self._device.pool.references(page)} references."
                 )
 
     def _entry(self, seq: str) -> _Entry:
@@ -254,30 +469,184 @@ class KVCache:
 
     def _missing(
         self, seq: str, num_tokens: int, match: PrefixMatch | None
-    ) -> tuple[int, tuple[int, ...]]:
-        """Pages that `seq` lacks for `num_tokens`, besides those that `match` brings."""
+    ) -> tuple[int, list[int]]:
+        """Pages that `seq` lacks for `num_tokens`, besides those of the match on the device."""
         if num_tokens < 1:
             raise ValueError(
                 f"num_tokens of sequence {seq!r} is {num_tokens}; expected at least 1."
             )
         entry = self._entries.get(seq)
-        shared: tuple[int, ...] = ()
-        if match is not None:
-            if entry is not None:
+        wanted = -(-num_tokens // self.page_size)
+        if match is None or entry is not None:
+            if match is not None:
                 raise ValueError(
                     f"A match came with sequence {seq!r}, which has begun before; only the first "
                     "reserve of a sequence can take one."
                 )
-            if match.num_tokens > num_tokens:
-                raise ValueError(
-                    f"num_tokens of sequence {seq!r} is {num_tokens}, and its match has "
-                    f"{match.num_tokens} already."
-                )
-            if not match.is_valid:
+            held = 0 if entry is None else self._table.length(entry.row)
+            shared = 0 if entry is None or not entry.forked else len(self._shared_open(entry))
+            return max(0, wanted - held) + shared, []
+        if match.num_tokens > num_tokens:
+            raise ValueError(
+                f"num_tokens of sequence {seq!r} is {num_tokens}, and its match has "
+                f"{match.num_tokens} already."
+            )
+        self._require_valid(seq, match)
+        shared_pages = [page for page in self._pages_there(match) if page >= 0]
+        return wanted - len(shared_pages), shared_pages
+
+    def _require_valid(self, seq: str, match: PrefixMatch) -> None:
+        """Refuse a match whose pages went to others."""
+        tiers = match.tiers
+        for tier in Tier:
+            there = tiers == tier
+            if not self._index.holds(match.nodes[there], tier, match.pages[there, tier]):
                 raise ValueError(
                     f"The match for sequence {seq!r} is out of date: its pages hold something else "
                     "now. Match again just before you reserve."
                 )
-            shared = match.pages
-        held = len(shared) if entry is None else self._table.length(entry.row)
-        return max(0, -(-num_tokens // self.page_size) - held), shared
+
+    def _pages_there(self, match: PrefixMatch) -> list[int]:
+        """For every page of a match that on the device, or that it is on its way to; else -1."""
+        pages: list[int] = match.pages[:, Tier.DEVICE].tolist()
+        if self._lower is not None and self._lower.incoming:
+            for i, node in enumerate(match.nodes.tolist()):
+                if pages[i] < 0 and node in self._lower.incoming:
+                    pages[i] = self._lower.incoming[node][0]
+        return pages
+
+    def _begin(self, seq: str, match: PrefixMatch, fresh: list[int]) -> None:
+        """Make the entry of a new sequence; start what its match needs."""
+        nodes = match.nodes.tolist()
+        node = nodes[-1] if nodes else self._index.root(match.salt)
+        entry = _Entry(self._table.add_row(), node, match.salt, match)
+        self._index.hold(node)
+        self._entries[seq] = entry
+        fresh_pages = iter(fresh)
+        row: list[int] = []
+        steps: list[RestoreStep] = []
+        restores: list[Restore] = []
+        for i, page in enumerate(self._pages_there(match)):
+            if page < 0:
+                page = next(fresh_pages)
+                _, host, slot = match.pages[i].tolist()
+                steps.append(RestoreStep(nodes[i], page, host, slot, ready=host >= 0))
+            elif match.pages[i, Tier.DEVICE] < 0 and self._lower is not None:
+                restore = self._lower.incoming[nodes[i]][1]
+                if restore not in restores:
+                    restores.append(restore)
+            row.append(page)
+        row += fresh_pages
+        self._table.append(entry.row, row)
+        if match.tail is not None:
+            page = row[len(nodes)]
+            steps.append(RestoreStep(0, page, match.tail.page, -1, ready=True))
+        for restore in restores:
+            restore.waiters.add(seq)
+        if steps and self._lower is not None:
+            restores.append(self._lower.restore(seq, steps))
+        entry.restores = restores
+        if self._lower is not None:
+            self._lower.touch(nodes)
+        if not restores:
+            self._count(match)
+            entry.num_tokens = match.num_tokens
+
+    def _end_restore(self, seq: str, entry: _Entry) -> PrefixMatch | None:
+        """Go on with what has come; None while there is no page for what has not."""
+        nodes = entry.match.nodes.tolist()
+        pages = self._table.pages(entry.row)
+        came = 0
+        while came < len(nodes) and self._has_come(entry, came, pages[came]):
+            came += 1
+        match = entry.match
+        tail = match.tail
+        if came < len(nodes):
+            if not self._make_private(seq, entry, came, len(nodes)):
+                return None
+            tail = None
+        elif tail is not None and entry.restores[-1].num_arrived < len(entry.restores[-1].steps):
+            tail = None
+        if came < len(nodes) or tail is not match.tail:
+            match = match.first(came, self.page_size)
+        for restore in entry.restores:
+            restore.waiters.discard(seq)
+        entry.restores = []
+        entry.match = match
+        self._move(entry, nodes[came - 1] if came else self._index.root(match.salt))
+        entry.num_tokens = match.num_tokens
+        entry.tail = _NO_TOKENS if tail is None else tail.tokens
+        self._count(match)
+        return match
+
+    def _has_come(self, entry: _Entry, position: int, page: int) -> bool:
+        """Whether a page of the match is on the device."""
+        if entry.match.pages[position, Tier.DEVICE] >= 0:
+            return True
+        return any(
+            page == step.page
+            for restore in entry.restores
+            for step in restore.steps[: restore.num_arrived]
+        )
+
+    def _make_private(self, seq: str, entry: _Entry, start: int, stop: int) -> bool:
+        """Make the pages at these positions ones that `seq` can write to; False if pages are out.
+
+        They belong to a match of which less has come than was promised. A page of a restore that
+        `seq` has begun stays: whoever else has waited for it takes another.
+        """
+        pool = self._device.pool
+        pages = self._table.pages(entry.row)
+        own = {
+            step.page
+            for restore in entry.restores
+            if restore.owner == seq
+            for step in restore.steps[restore.num_arrived :]
+        }
+        for position in range(start, stop):
+            page = pages[position]
+            if pool.references(page) == 1:
+                self._device.displace(page)
+            elif page not in own:
+                if not pool.can_take(1):
+                    return False
+                self._table.replace(entry.row, position, pool.take(1)[0])
+                pool.release([page], keep=self._device.nodes)
+        return True
+
+    def _shared_open(self, entry: _Entry) -> list[int]:
+        """Positions of pages that are not full and that another sequence refers to as well."""
+        first = entry.num_tokens // self.page_size
+        return [
+            first + i
+            for i, page in enumerate(self._table.pages(entry.row, first))
+            if self._device.pool.references(page) > 1
+        ]
+
+    def _unshare(self, entry: _Entry, fresh: list[int]) -> None:
+        """Replace pages that are shared while they are not full by copies; takes from `fresh`."""
+        if self._lower is not None:
+            self._lower.hold_all()
+        for position in self._shared_open(entry):
+            page, copy = self._table.pages(entry.row)[position], fresh.pop()
+            self._copier.duplicate(self._device.layers, page, copy)
+            self._table.replace(entry.row, position, copy)
+            self._device.pool.release([page], keep=self._device.nodes)
+        entry.forked = False
+
+    def _move(self, entry: _Entry, node: int) -> None:
+        """Hold another node for a sequence."""
+        self._index.hold(node)
+        self._index.unhold(entry.node)
+        entry.node = node
+
+    def _count(self, match: PrefixMatch) -> None:
+        """Count the hits of a match that a sequence begins with."""
+        self._queried_tokens += match.queried_tokens
+        for label, count in match.tokens_by_tier.items():
+            self._hit_tokens[Tier[label.upper()]] += count
+
+
+def _digest(cache_salt: str) -> bytes:
+    """What of a salt goes into the index and to the disk: nobody can read the salt from it."""
+    return hashlib.sha256(cache_salt.encode()).digest()[:16] if cache_salt else b""

@@ -21,13 +21,14 @@ class PagePool:
 
     Attributes:
         num_pages: how many there are.
+        on_evict: as given; can be set later.
         evictions: idle pages given to somebody else, so far.
     """
 
-    def __init__(self, num_pages: int, on_evict: Callable[[int], None]) -> None:
+    def __init__(self, num_pages: int, on_evict: Callable[[int], object] = lambda _: None) -> None:
         self.num_pages = num_pages
         self.evictions = 0
-        self._on_evict = on_evict
+        self.on_evict = on_evict
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -75,13 +76,10 @@ class PagePool:
                 f"{count} pages of KV were asked for, and {available} of {self.num_pages} are "
                 "available. Release a sequence first."
             )
-        for page in shared:
-            if self._references[page] == 0:
-                del self._idle[page]
-            self._references[page] += 1
+        self.hold(shared)
         for _ in range(count - len(self._free)):
             page, _ = self._idle.popitem(last=False)
-            self._on_evict(page)
+            self.on_evict(page)
             self.evictions += 1
             self._free.append(page)
         start = len(self._free) - count
@@ -104,6 +102,24 @@ class PagePool:
                     self._idle[page] = None
                 else:
                     self._free.append(page)
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Add a reference to each of `pages`, which are used or idle."""
+        for page in pages:
+            if self._references[page] == 0:
+                del self._idle[page]
+            self._references[page] += 1
+
+    def touch(self, page: int) -> None:
+        """Count an idle page as the most recently used; does nothing to a used one."""
+        if page in self._idle:
+            self._idle.move_to_end(page)
+
+    def discard(self, page: int) -> None:
+        """Say that what an unreferenced page holds is not worth keeping any more."""
+        if page in self._idle:
+            del self._idle[page]
+            self._free.append(page)
 
     def _available(self, shared: Sequence[int]) -> int:
         """Pages that can be taken beside `shared`."""

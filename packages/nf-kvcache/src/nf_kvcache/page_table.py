@@ -40,6 +40,10 @@ class PageTable:
         self._pages[row, start:stop] = pages
         self._lengths[row] = stop
 
+    def replace(self, row: int, position: int, page: int) -> None:
+        """Put another page at a position of a row."""
+        self._pages[row, position] = page
+
     def length(self, row: int) -> int:
         """Pages in a row."""
         return int(self._lengths[row])
