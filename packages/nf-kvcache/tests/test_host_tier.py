@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from nf_kvcache import KVCache, KVLayout
 from nf_kvcache.copier import CpuCopier, Download
@@ -89,6 +100,7 @@ class ToyEngine:
         return float(1 + layer + 10 * position + 10_000 * token)
 
 
+NUM_PAGES = 7
 PAGE = 4096  # a slot of the host, which is what the small page of the tests is rounded up to
 
 
@@ -386,3 +398,148 @@ def test_a_copy_that_fails_is_a_page_that_is_not_there(caplog):
     engine.end("b")
     engine.cache.check_integrity()
     engine.cache.close()
+
+
+picks = st.integers(0, 99).map(lambda n: lambda names: sorted(names)[n % len(names)])
+
+
+class HostTierMachine(RuleBasedStateMachine):
+    """Sequences begin, grow, fork, give way, come back and end; every number is looked at.
+
+    The model is the toy engine: whatever a sequence finds has to be what was written for exactly
+    its tokens. Copies end when they like, and now and then one fails.
+    """
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self):
+        super().__init__()
+        self.copier = UnreliableCopier()
+        self.engine = ToyEngine(
+            KVCache(LAYOUT, NUM_PAGES, host_bytes=6 * PAGE, copier=self.copier, restore_seconds=20)
+        )
+        self.count = 0
+        self.preempted: dict[str, list[int]] = {}
+
+    def name(self) -> str:
+        self.count += 1
+        return f"s{self.count}"
+
+    def grow(self, seq: str, tokens: list[int]) -> bool:
+        cache = self.engine.cache
+        total = len(self.engine.tokens[seq]) + len(tokens)
+        if not cache.can_reserve(seq, total):
+            return False
+        cache.reserve(seq, total)
+        self.engine.run((seq, tokens))
+        return True
+
+    @rule(text=st.integers(0, 2), length=st.integers(2, 17))
+    def begin(self, text, length):
+        tokens = [text if i > 2 * text else 9 for i in range(length)]
+        self.start(self.name(), tokens, resume=False)
+
+    def start(self, seq: str, tokens: list[int], *, resume: bool) -> bool:
+        cache = self.engine.cache
+        match = cache.match(np.array(tokens[:-1], np.int32), seq=seq if resume else "")
+        if not cache.can_reserve(seq, len(tokens), match):
+            return False
+        found = self.engine.start(seq, tokens, resume=resume)
+        self.seen["tail"] += found % LAYOUT.page_size > 0
+        self.seen["short"] += found < match.num_tokens
+        self.engine.run((seq, tokens[found:]))
+        return True
+
+    @precondition(lambda self: self.engine.tokens)
+    @rule(pick=picks, more=st.integers(1, 6), token=st.integers(0, 2))
+    def append(self, pick, more, token):
+        self.grow(pick(self.engine.tokens), [token] * more)
+
+    @precondition(lambda self: self.engine.tokens)
+    @rule(pick=picks)
+    def fork(self, pick):
+        seq, child = pick(self.engine.tokens), self.name()
+        self.engine.cache.fork(seq, child)
+        self.engine.tokens[child] = list(self.engine.tokens[seq])
+        self.seen["fork"] += 1
+
+    @precondition(lambda self: self.engine.tokens)
+    @rule(pick=picks)
+    def preempt(self, pick):
+        seq = pick(self.engine.tokens)
+        self.engine.check(seq)
+        self.engine.cache.preempt(seq)
+        self.preempted[seq] = self.engine.tokens.pop(seq)
+
+    @precondition(lambda self: self.preempted)
+    @rule(pick=picks, extra=st.integers(1, 3))
+    def come_back(self, pick, extra):
+        seq = pick(self.preempted)
+        if self.start(seq, self.preempted[seq] + [1] * extra, resume=True):
+            del self.preempted[seq]
+
+    @precondition(lambda self: self.engine.tokens)
+    @rule(pick=picks)
+    def end(self, pick):
+        self.engine.end(pick(self.engine.tokens))
+
+    @precondition(lambda self: self.engine.tokens)
+    @rule(pick=picks, tokens=st.integers(1, 9))
+    def fail_an_iteration(self, pick, tokens):
+        """What an iteration that fails has copied is not found later."""
+        seq = pick(self.engine.tokens)
+        cache = self.engine.cache
+        total = len(self.engine.tokens[seq]) + tokens
+        if cache.can_reserve(seq, total):
+            cache.reserve(seq, total)
+            offload = cache.begin_iteration([seq], np.array([total - tokens]), np.array([tokens]))
+            offload.before_append(0)
+            offload.after_append(0)
+            offload.abandon()
+            cache.release(seq)
+            del self.engine.tokens[seq]
+
+    @rule(fails=st.booleans())
+    def copies_fail(self, fails):
+        self.copier.fails = fails
+
+    @rule()
+    def flush(self):
+        assert self.engine.cache.flush(20)
+
+    @invariant()
+    def nothing_is_lost(self):
+        self.engine.cache.check_integrity()
+
+    def teardown(self):
+        for seq in list(self.engine.tokens):
+            self.engine.end(seq)
+        assert self.engine.cache.flush(20)
+        self.engine.cache.check_integrity()
+        stats = self.engine.cache.stats()
+        assert stats.pages_used == 0
+        assert stats.lower.host_pages_used == 0
+        self.seen["upload"] += stats.lower.uploaded_bytes > 0
+        self.seen["eviction"] += stats.lower.host_evictions > 0
+        self.engine.cache.close()
+
+
+class UnreliableCopier(CpuCopier):
+    """Copies to the device that fail for a while."""
+
+    fails = False
+
+    def upload(self, layers, pages, sources):
+        if self.fails:
+            return self._thread.submit(lambda: 1 / 0)
+        return super().upload(layers, pages, sources)
+
+
+def test_random_operations_lose_nothing_and_mix_nothing_up():
+    HostTierMachine.seen = Counter()
+    run_state_machine_as_test(
+        HostTierMachine,
+        settings=settings(max_examples=80, stateful_step_count=40, deadline=None),
+    )
+    seen = HostTierMachine.seen
+    assert min(seen[what] for what in ("upload", "tail", "short", "fork", "eviction")) > 0, seen
