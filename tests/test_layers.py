@@ -31,6 +31,9 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
     [
         "nf_scheduler",
         "nf_kernels.cost",
+        "nf_kvcache",
+        "nf_kvcache.index",
+        "nf_kvcache.tier",
         "nf_runtime",
         "nf_runtime.config",
         "nf_runtime.engine_types",
@@ -46,6 +49,6 @@ def test_imports_with_torch_blocked(module: str) -> None:
 
 
 def test_the_block_blocks() -> None:
-    result = import_without_torch("nf_kvcache")
+    result = import_without_torch("nf_kvcache.kv_cache")
     assert result.returncode != 0
     assert "torch is blocked" in result.stderr
