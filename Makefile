@@ -31,8 +31,7 @@ unexport VIRTUAL_ENV
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
 SETUP_INPUTS := pyproject.toml requirements.lock requirements-cuda.txt scripts/setup.sh $(wildcard packages/*/pyproject.toml apps/*/pyproject.toml) \
-	packages/nf-kernels/CMakeLists.txt $(wildcard packages/nf-kernels/csrc/*) \
-	packages/nf-kvcache/CMakeLists.txt $(wildcard packages/nf-kvcache/csrc/*)
+	$(wildcard packages/*/CMakeLists.txt packages/*/csrc/*)
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help

@@ -68,9 +68,8 @@ compiler=''
 for name in "${CXX:-c++}" g++ clang++; do compiler=${compiler:-$(command -v "$name" || true)}; done
 headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include") + "/Python.h")')
 without() {
-    say "$1: nf-kernels goes without its native CPU kernels and computes with plain torch, slower," \
-        "and nf-kvcache keeps its prefix index in Python." \
-        "To have them: install $2, then 'make -B setup'."
+    say "$1: nf-kernels goes without its native CPU kernels and computes with plain torch, nf-kvcache finds prefixes" \
+        "in Python; both are slower. To have what is native: install $2, then 'make -B setup'."
 }
 if [ -z "$compiler" ]; then
     without "no C++ compiler found" "one (g++)"

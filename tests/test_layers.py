@@ -31,6 +31,7 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
     [
         "nf_scheduler",
         "nf_kernels.cost",
+        "nf_kvcache",
         "nf_kvcache.disk_tier",
         "nf_kvcache.index",
         "nf_kvcache.tier",

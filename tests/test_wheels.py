@@ -167,18 +167,23 @@ def test_changelog_has_the_version(package: str) -> None:
     assert re.search(rf"^## {re.escape(project['project']['version'])}\b", changelog, re.MULTILINE)
 
 
-def test_without_a_compiler_the_kernels_install_say_so_once_and_work(
-    new_environment: Callable[[], Environment], tmp_path: Path
-) -> None:
-    source = tmp_path / "nf-kernels"
-    shutil.copytree(PROJECTS["nf-kernels"], source, ignore=shutil.ignore_patterns("build", "*.so"))
-    empty = tmp_path / "empty"
+def build_without_a_compiler(package: str, folder: Path) -> Path:
+    """The wheel of a package, built where only the tools of this environment are found."""
+    source = folder / package
+    shutil.copytree(PROJECTS[package], source, ignore=shutil.ignore_patterns("build", "*.so"))
+    empty = folder / "empty"
     empty.mkdir()
     compilers = {name: os.environ.pop(name) for name in ("CC", "CXX") if name in os.environ}
     try:
-        wheel = build(source, tmp_path / "dist", path=str(empty))
+        return build(source, folder / "dist", path=str(empty))
     finally:
         os.environ.update(compilers)
+
+
+def test_without_a_compiler_the_kernels_install_say_so_once_and_work(
+    new_environment: Callable[[], Environment], tmp_path: Path
+) -> None:
+    wheel = build_without_a_compiler("nf-kernels", tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "_cpu." in name and ".pyi" not in name]
 
@@ -188,3 +193,26 @@ def test_without_a_compiler_the_kernels_install_say_so_once_and_work(
     environment.install(wheel)
     result = environment.run_example("nf-kernels")
     assert result.stderr.count("C++ compiler") == 1, result.stderr
+
+
+INDEX = """
+from nf_kvcache.index import make_index
+print(*(type(make_index(page_size)).__name__ for page_size in (16, 32)))
+"""
+
+
+def test_without_a_compiler_the_kvcache_installs_says_so_once_and_works(
+    wheels: dict[str, Path], new_environment: Callable[[], Environment], tmp_path: Path
+) -> None:
+    wheel = build_without_a_compiler("nf-kvcache", tmp_path)
+    outputs = {}
+    for path in (wheels["nf-kvcache"], wheel):
+        environment = new_environment()
+        environment.constraints = tmp_path / "constraints.txt"
+        environment.constraints.write_text(f"torch=={metadata.version('torch')}\n")
+        environment.install(path)
+        outputs[path] = run([environment.python, "-c", INDEX])
+    native, plain = outputs.values()
+    assert (native.stdout.split(), native.stderr) == (["PrefixIndex"] * 2, "")
+    assert plain.stdout.split() == ["PythonPrefixIndex"] * 2, plain.stderr
+    assert plain.stderr.count("C++ compiler") == 1, plain.stderr
