@@ -53,6 +53,7 @@ def restore(index: PageIndex, segments: Segments, tree: SlotTree, page_size: int
     pages: list[StoredPage] = []
     useless: list[int] = []
     page_by_row: dict[int, StoredPage] = {}
+    seen: set[int] = set()
     last_stamp = 0
     for row in index.take_rows():
         parent = page_by_row.get(row.parent)
@@ -61,11 +62,16 @@ def restore(index: PageIndex, segments: Segments, tree: SlotTree, page_size: int
             continue
         salt = parent.salt if parent is not None else row.salt or b""
         parent_identity = tree.identity[parent.slot] if parent else root_identity(salt)
+        identity = child_identity(parent_identity, row.tokens)
+        if identity in seen:  # nobody writes a page twice: one of them is not what it says
+            useless.append(row.id)
+            continue
+        seen.add(identity)
         tokens = np.frombuffer(row.tokens, dtype="<i4").astype(np.int32, copy=False)
         page = StoredPage(row.slot, parent.slot if parent else NONE, salt, tokens)
         tree.load(row.slot, page.parent_slot, row.used)
         tree.row_id[row.slot] = row.id
-        tree.identity[row.slot] = child_identity(parent_identity, row.tokens)
+        tree.identity[row.slot] = identity
         tree.checksum[row.slot] = row.checksum
         last_stamp = max(last_stamp, row.used)
         page_by_row[row.id] = page
@@ -73,7 +79,7 @@ def restore(index: PageIndex, segments: Segments, tree: SlotTree, page_size: int
     tree.loaded()
     if useless:
         logger.warning(
-            "%d of %d pages in the index have no data any more, and are forgotten.",
+            "%d of %d pages in the index have no place in the files any more, and are forgotten.",
             len(useless),
             len(useless) + len(pages),
         )

@@ -196,7 +196,8 @@ class Segments:
         space = os.fstatvfs(fd)
         left = space.f_bavail * space.f_frsize - max(0, missing)
         try:
-            if left < space.f_blocks * space.f_frsize * _RESERVED_SHARE:
+            # A file system without blocks has no notion of being full.
+            if space.f_blocks and left < space.f_blocks * space.f_frsize * _RESERVED_SHARE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(fd, 0, expected)
         except OSError:
