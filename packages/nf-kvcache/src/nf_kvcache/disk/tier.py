@@ -60,6 +60,8 @@ class DiskTier:
 
     Attributes:
         num_slots: pages there is room for.
+        page_bytes: as given.
+        page_size: as given.
         slot_bytes: bytes of a page with padding, a multiple of 4096.
 
     Raises:
@@ -97,7 +99,8 @@ class DiskTier:
                 raise ValueError(f"{name} is {value}; expected at least {least}.")
         meta = Meta.of(fingerprint, page_bytes)
         self.slot_bytes = meta.slot_bytes
-        self._page_size = page_size
+        self.page_bytes = page_bytes
+        self.page_size = page_size
         self._max_queued_pages = max_queued_pages
         with ExitStack() as opened:
             self._directory = CacheDirectory(directory, meta, replica, rank)
@@ -162,10 +165,9 @@ class DiskTier:
             ValueError: an argument has a wrong type, size or alignment.
         """
         check_buffer(data, self.slot_bytes)
-        if tokens.shape != (self._page_size,) or tokens.dtype != np.int32:
+        if tokens.shape != (self.page_size,) or tokens.dtype != np.int32:
             raise ValueError(
-                f"tokens is {tokens.dtype} {list(tokens.shape)}; expected int32 "
-                f"[{self._page_size}]."
+                f"tokens is {tokens.dtype} {list(tokens.shape)}; expected int32 [{self.page_size}]."
             )
         if len(salt) > MAX_SALT_BYTES:
             raise ValueError(
