@@ -22,7 +22,9 @@ from nf_kvcache.disk.format import Meta
 from nf_kvcache.fingerprint import Fingerprint
 
 PAGE_SIZE = 4
-PAGE_BYTES = 4 * 2 * 2 * 2 * PAGE_SIZE * 56  # float32, 2 layers, K and V, 2 heads; two blocks, nearly
+PAGE_BYTES = (
+    4 * 2 * 2 * 2 * PAGE_SIZE * 56
+)  # float32, 2 layers, K and V, 2 heads; two blocks, nearly
 FINGERPRINT = Fingerprint(
     weights="w0",
     dtype="float32",
@@ -132,9 +134,7 @@ class Owner:
             del self.slots[prefix]
         for salt, numbers in self.slots:
             assert len(numbers) == 1 or (salt, numbers[:-1]) in self.slots, "not prefix-closed"
-        return [
-            prefix for prefix, slot in self.slots.items() if slot in set(events.written)
-        ]
+        return [prefix for prefix, slot in self.slots.items() if slot in set(events.written)]
 
     def settle(self, timeout: float = 10.0) -> None:
         """Until nothing is queued any more."""

@@ -108,7 +108,11 @@ def test_the_least_recently_used_page_that_nothing_builds_on_is_evicted(open_own
         owner.settle()
     # One conversation after the other, from its end; what was touched stays to the last.
     assert owner.evicted == [
-        (b"", (1, 1, 2)), (b"", (1, 1)), (b"", (1,)), (b"", (2, 1, 2)), (b"", (2, 1)),
+        (b"", (1, 1, 2)),
+        (b"", (1, 1)),
+        (b"", (1,)),
+        (b"", (2, 1, 2)),
+        (b"", (2, 1)),
     ]
     assert owner.tier.stats().evictions == 5
     assert owner.read_each() == (15, 0)
