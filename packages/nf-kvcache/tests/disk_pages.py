@@ -24,7 +24,7 @@ from nf_kvcache.fingerprint import Fingerprint
 PAGE_SIZE = 4
 PAGE_BYTES = (
     4 * 2 * 2 * 2 * PAGE_SIZE * 56
-)  # float32, 2 layers, K and V, 2 heads: nearly two blocks
+)  # float32, 2 layers, K and V, 2 heads; two blocks, nearly
 FINGERPRINT = Fingerprint(
     weights="w0",
     dtype="float32",
