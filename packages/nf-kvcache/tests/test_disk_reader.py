@@ -63,8 +63,7 @@ def test_pages_that_went_are_not_read(owner: Owner, tmp_path: Path) -> None:
         assert owner.tier.stats().evictions > 0
         assert len(reader.match(text(1, 2, 3), b"a")) < 3
         with pytest.raises(PageGone, match="holds something else"):
-            for page in pages:
-                reader.read(page)
+            reader.read(pages[-1])
         (file,) = owner.tier._directory.path.glob("segment*")
         file.unlink()
         with pytest.raises(PageGone, match="No such file"):
