@@ -227,7 +227,7 @@ def aligned_half(request: BlockRequest) -> memoryview:
 
 
 def main(directory: str, num_slots: str, writes: str, syncs: str) -> None:
-    """Write pages for ever. Each acknowledged one is a line: seconds, salt, numbers."""
+    """Write pages for ever. A line for each that is there (+) or no more (-): seconds, prefix."""
     io = FaultyIO()
     io.writes_until_kill = int(writes) if writes else None
     io.syncs_until_kill = int(syncs) if syncs else None
@@ -236,11 +236,13 @@ def main(directory: str, num_slots: str, writes: str, syncs: str) -> None:
     while True:
         conversation += 1
         owner.write_path(b"salt", [conversation, 1, 2, 3])
-        owner.tier.wait(0.01)
-        for salt, numbers in owner.poll():
-            print(time.monotonic(), salt.decode(), *numbers, flush=False)
+        time.sleep(0.01)
+        lines = [("+", prefix) for prefix in owner.poll()]
+        lines += [("-", prefix) for prefix in owner.evicted]
+        owner.evicted = []
+        for sign, (salt, numbers) in lines:
+            print(sign, time.monotonic(), salt.decode(), *numbers)
         sys.stdout.flush()
-        time.sleep(0.002)
 
 
 if __name__ == "__main__":
