@@ -12,7 +12,7 @@ import torch
 
 from nf_kvcache.copier import Copier, Layer, make_copier
 from nf_kvcache.device_pages import DevicePages
-from nf_kvcache.disk_tier import DiskTier
+from nf_kvcache.disk import DiskTier
 from nf_kvcache.host_tier import HostTier
 from nf_kvcache.index import make_index
 from nf_kvcache.layout import KVLayout

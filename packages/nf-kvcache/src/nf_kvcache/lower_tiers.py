@@ -10,7 +10,7 @@ import numpy as np
 
 from nf_kvcache.copier import Copier, Event
 from nf_kvcache.device_pages import DevicePages
-from nf_kvcache.disk_tier import DiskRead, DiskTier
+from nf_kvcache.disk import DiskRead, DiskTier
 from nf_kvcache.host_tier import HostTier
 from nf_kvcache.index import PrefixIndex
 from nf_kvcache.offload import HostArrival, IterationOffload, LayerOrder
@@ -316,6 +316,7 @@ class LowerTiers:
             skipped_pages=self.skipped_pages,
             restores_under_way=len(self._restores),
             restores_cut=self.restores_cut,
+            disk=None if self.disk is None else self.disk.stats(),
         )
 
     def check_integrity(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nf_kvcache.copier import Event
-from nf_kvcache.disk_tier import DiskRead
+from nf_kvcache.disk import DiskRead
 
 GROUP = 32
 """Pages in one read of the disk."""

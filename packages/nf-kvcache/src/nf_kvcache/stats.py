@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nf_kvcache.disk import DiskStats
+
 
 @dataclass(frozen=True, slots=True)
 class LowerTierStats:
@@ -24,6 +26,7 @@ class LowerTierStats:
         skipped_pages: counter of pages that became full while the host had no room for them.
         restores_under_way: sequences' prefixes on their way up.
         restores_cut: counter of those that brought less than was found.
+        disk: of the disk tier, if there is one.
     """
 
     host_pages_total: int
@@ -39,6 +42,7 @@ class LowerTierStats:
     skipped_pages: int
     restores_under_way: int
     restores_cut: int
+    disk: DiskStats | None
 
 
 @dataclass(frozen=True, slots=True)
