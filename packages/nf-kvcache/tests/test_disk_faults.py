@@ -293,7 +293,7 @@ def test_a_deleted_file_costs_its_pages_once(
             owner.write((b"", (9,)))
             owner.settle()
         assert len(owner.evicted) == 9
-        assert len([line for line in warnings(caplog) if "was deleted" in line]) == 1
+        assert len([line for line in warnings(caplog) if "was deleted, and" in line]) == 1
         assert owner.tier.stats().errors == {"ENOENT": 1}
     fill(owner, range(3))
     assert owner.read_each()[1] == 0
