@@ -165,10 +165,12 @@ class Owner:
         return read.num_good
 
     def read_each(self) -> tuple[int, int]:
-        """Read all pages, one by one: how many came intact, and how many did not."""
-        prefixes = sorted(self.slots)
-        good = sum(self.read([prefix]) for prefix in prefixes if prefix in self.slots)
-        return good, len(prefixes) - good
+        """Read all pages, one by one: how many came intact, and how many did not.
+
+        What goes meanwhile, because room is made or what it builds on is damaged, is neither.
+        """
+        results = [self.read([prefix]) for prefix in sorted(self.slots) if prefix in self.slots]
+        return sum(results), len(results) - sum(results)
 
 
 class FaultyIO:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from nf_kvcache._uring import Ring
 
 logger = logging.getLogger("nf_kvcache.disk")
 
@@ -29,7 +33,7 @@ class BlockRequest(NamedTuple):
 class BlockIO(Protocol):
     """Moves batches of blocks, and returns when all of a batch is done. Releases the GIL.
 
-    Two threads use it at the same time, one for reads and one for writes and `sync`.
+    Several threads use it at the same time.
     """
 
     @property
@@ -92,25 +96,32 @@ class UringIO:
     name = "io_uring"
 
     def __init__(self) -> None:
-        from nf_kvcache._uring import Ring
-
-        self._read_ring = Ring(QUEUE_DEPTH)
-        self._write_ring = Ring(QUEUE_DEPTH)
+        self._rings = threading.local()
+        self._ring()
 
     def read_many(self, requests: Sequence[BlockRequest]) -> list[int]:
         """See `BlockIO`."""
-        return self._read_ring.run(False, requests)
+        return self._ring().run(False, requests)
 
     def write_many(self, requests: Sequence[BlockRequest]) -> list[int]:
         """See `BlockIO`."""
-        return self._write_ring.run(True, requests)
+        return self._ring().run(True, requests)
 
     def sync(self, fd: int) -> int:
         """See `BlockIO`."""
         return sync_file(fd)
 
     def close(self) -> None:
-        """See `BlockIO`. The rings go with their last reference."""
+        """See `BlockIO`. Each ring goes with the thread that used it."""
+
+    def _ring(self) -> Ring:
+        """The ring of this thread: its batches need not wait for those of others."""
+        from nf_kvcache._uring import Ring
+
+        ring: Ring | None = getattr(self._rings, "ring", None)
+        if ring is None:
+            ring = self._rings.ring = Ring(QUEUE_DEPTH)
+        return ring
 
 
 def default_block_io() -> BlockIO:

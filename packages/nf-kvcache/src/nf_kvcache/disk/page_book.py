@@ -130,12 +130,22 @@ class PageBook:
         self._failed.append(slot)
 
     def _lose(self, segment: int) -> None:
+        tree = self._tree
+        pages = [
+            (slot, tree.row_id[slot])
+            for slot in self._segments.slots_of(segment)
+            if tree.state[slot] == STORED
+        ]
+        if not pages:
+            return  # several threads have noticed
         logger.warning(
-            "%s: the file of segment %d was deleted, and its pages with it.", self._path, segment
+            "%s: the file of segment %d was deleted, and %d pages with it.",
+            self._path,
+            segment,
+            len(pages),
         )
         self._health.count(errno.ENOENT)
-        slots = self._segments.slots_of(segment)
-        self._drop([(slot, self._tree.row_id[slot]) for slot in slots])
+        self._drop(pages)
 
     def _make_do(self, segment: int) -> None:
         """Go on with the segments that there are, if they are the first ones."""

@@ -123,7 +123,7 @@ class PageIndex:
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA max_page_count = {self._index_bytes // BLOCK_BYTES}")
             log_pages = self._log_bytes // BLOCK_BYTES
-            connection.execute(f"PRAGMA wal_autocheckpoint = {max(1, log_pages // 8)}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {max(1, log_pages // 4)}")
             connection.execute(f"PRAGMA journal_size_limit = {self._log_bytes // 2}")
             if is_new:
                 connection.executescript(

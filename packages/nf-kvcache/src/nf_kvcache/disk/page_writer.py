@@ -41,7 +41,7 @@ class PageWrite(NamedTuple):
 
 
 class PageWriter:
-    """Writes pages and their rows. One thread at a time.
+    """Writes pages and their rows. One thread at a time, but for `transfer`.
 
     1. Rows of evicted pages are deleted. 2. Pages are written to their slots, and acknowledged.
     3. A little later, for many pages at once, the files are synced, and 4. the rows of the pages
@@ -60,7 +60,6 @@ class PageWriter:
     Attributes:
         due: when `commit` has to be called, in seconds of `time.monotonic`.
         pages_written, bytes_written: so far.
-        seconds: spent on writing and syncing.
         commits: how often rows were committed.
     """
 
@@ -76,7 +75,6 @@ class PageWriter:
         self.due = float("inf")
         self.pages_written = 0
         self.bytes_written = 0
-        self.seconds = 0.0
         self.commits = 0
         self._io = io
         self._index = index
@@ -86,12 +84,18 @@ class PageWriter:
         self._retry_seconds = retry_seconds
         self._deletes: list[int] = []
         self._stamps: list[tuple[int, int]] = []
+        self._prepared: list[tuple[PageWrite, int]] = []
         self._pending: dict[int, PageRow] = {}  # by id: written, but not in the index yet
 
     @property
     def is_clean(self) -> bool:
         """Whether everything is in the index."""
         return not (self._deletes or self._stamps or self._pending)
+
+    @property
+    def num_prepared(self) -> int:
+        """Pages that wait for `take_prepared`."""
+        return len(self._prepared)
 
     def forget(self, row_ids: Iterable[int]) -> None:
         """Delete these rows before anything else is written."""
@@ -105,35 +109,52 @@ class PageWriter:
         self._stamps.extend(stamps)
         self._set_due()
 
-    def write(self, batch: Sequence[PageWrite]) -> bool:
-        """Write pages and report each of them; False if the disk is not to be trusted any more."""
+    def prepare(self, batch: Sequence[PageWrite]) -> bool:
+        """Get pages ready to be written; False if the disk is not to be trusted any more.
+
+        What cannot be written is reported; the rest waits for `take_prepared`.
+        """
         try:
             self._commit_deletes()
         except OSError as error:
             self._report(error)
             self.fail(batch, error.errno or errno.EIO)
             return False
-        batch, is_healthy = self._allocate(batch)
-        if not batch:
-            return is_healthy
-        checksums = [
-            page_checksum(write.identity, write.data.data[: self._page_bytes]) for write in batch
+        failed, is_healthy = self._allocate(batch)
+        self._prepared += [
+            (write, page_checksum(write.identity, write.data.data[: self._page_bytes]))
+            for write in batch
+            if write.slot not in failed
         ]
-        started = time.perf_counter()
+        for write in batch:
+            if write.slot in failed:
+                self.fail([write], failed[write.slot])
+        return is_healthy
+
+    def take_prepared(self, count: int) -> list[tuple[PageWrite, int]]:
+        """At most `count` pages that `prepare` has made ready, with checksums, for `transfer`."""
+        prepared = self._prepared[:count]
+        del self._prepared[:count]
+        return prepared
+
+    def transfer(self, writes: Sequence[tuple[PageWrite, int]]) -> list[int]:
+        """Write pages; for each 0 or an errno. May run in other threads."""
+        places = [self._segments.locate(write.slot) for write, _ in writes]
         try:
-            with self._segments.borrow(self._segment(write.slot) for write in batch) as fds:
-                errors = self._io.write_many(
+            with self._segments.borrow(segment for segment, _ in places) as fds:
+                return self._io.write_many(
                     [
                         BlockRequest(fds[segment], offset, write.data)
-                        for write in batch
-                        for segment, offset in [self._segments.locate(write.slot)]
+                        for (write, _), (segment, offset) in zip(writes, places, strict=True)
                     ]
                 )
         except OSError as error:
-            errors = [error.errno or errno.EIO] * len(batch)
-        self.seconds += time.perf_counter() - started
-        for write, checksum, error_number in zip(batch, checksums, errors, strict=True):
-            if error_number == 0:
+            return [error.errno or errno.EIO] * len(writes)
+
+    def finish(self, writes: Sequence[tuple[PageWrite, int]], errors: Sequence[int]) -> bool:
+        """Report the outcome of `transfer`; False if the disk is not to be trusted any more."""
+        for (write, checksum), error in zip(writes, errors, strict=True):
+            if error == 0:
                 self.pages_written += 1
                 self.bytes_written += len(write.data)
                 self._pending[write.row_id] = PageRow(
@@ -146,10 +167,10 @@ class PageWriter:
                     write.used,
                 )
                 self._set_due()
-            self._completions.put(WriteEnded(write.slot, checksum, error_number))
+            self._completions.put(WriteEnded(write.slot, checksum, error))
         if len(self._pending) >= COMMIT_PAGES:
             self.commit()
-        return is_healthy and not any(errors)
+        return not any(errors)
 
     def fail(self, batch: Iterable[PageWrite], error: int) -> None:
         """Report that these pages were not written."""
@@ -186,8 +207,12 @@ class PageWriter:
             self._index.delete(self._deletes)
             self._deletes = []
 
-    def _allocate(self, batch: Sequence[PageWrite]) -> tuple[list[PageWrite], bool]:
-        """Make sure of the files; the pages that have one, and whether the disk can be trusted."""
+    def _allocate(self, batch: Sequence[PageWrite]) -> tuple[dict[int, int], bool]:
+        """Make sure of the files.
+
+        Returns:
+            An errno for each slot that has none; whether the disk can be trusted.
+        """
         failed: dict[int, int] = {}
         is_healthy = True
         for segment in sorted({self._segment(write.slot) for write in batch}):
@@ -195,24 +220,16 @@ class PageWriter:
                 if not self._segments.allocate(segment):
                     self._lose(segment)
             except OSError as error:
-                failed[segment] = error.errno or errno.EIO
+                failed |= dict.fromkeys(self._segments.slots_of(segment), error.errno or errno.EIO)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     self._completions.put(NoSpace(segment))
                 else:
                     is_healthy = False
-        ready = []
-        for write in batch:
-            error_number = failed.get(self._segment(write.slot), 0)
-            if error_number:
-                self.fail([write], error_number)
-            else:
-                ready.append(write)
-        return ready, is_healthy
+        return failed, is_healthy
 
     def _sync(self) -> None:
         """Have the pages on the disk whose rows come next; those that fail get none."""
         segments = sorted({self._segment(row.slot) for row in self._pending.values()})
-        started = time.perf_counter()
         for segment in segments:
             try:
                 with self._segments.borrow([segment]) as fds:
@@ -224,7 +241,6 @@ class PageWriter:
                 lost = self._take_pending(segment)
                 self._completions.put(PagesLost([(row.slot, row.id) for row in lost]))
                 self._completions.put(Trouble(error, "fdatasync failed"))
-        self.seconds += time.perf_counter() - started
 
     def _lose(self, segment: int) -> None:
         """Report that the file of a segment was deleted."""

@@ -21,8 +21,8 @@ class DiskStats:
         pages_written: pages that got to the disk.
         pages_read: pages that came back intact.
         bytes_written, bytes_read: the same in bytes.
-        write_seconds: time spent on writing and syncing.
-        read_seconds: time spent on reading.
+        write_seconds: time during which pages were being written.
+        read_seconds: time during which pages were being read.
         commits: commits of the index that added pages.
         evictions: pages that gave way to others.
         pages_damaged: pages that were dropped because they, or what they build on, were damaged or

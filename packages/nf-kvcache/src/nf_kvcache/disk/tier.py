@@ -291,7 +291,7 @@ class DiskTier:
             pages_read=self._reader.pages_read,
             bytes_written=self._page_writer.bytes_written,
             bytes_read=self._reader.bytes_read,
-            write_seconds=self._page_writer.seconds,
+            write_seconds=self._writer.seconds,
             read_seconds=self._reader.seconds,
             commits=self._page_writer.commits,
             evictions=self._book.evictions,
