@@ -70,11 +70,8 @@ def test_full_pages_are_shared_and_partial_ones_never():
     cache = make()
     fill(cache, "a", np.arange(10, dtype=np.int32))
     match = cache.match(np.arange(10, dtype=np.int32))
-    assert (match.num_tokens, match.pages, match.pending) == (
-        8,
-        tuple(pages(cache, "a")[:2]),
-        False,
-    )
+    assert (match.num_tokens, match.pages) == (8, tuple(pages(cache, "a")[:2]))
+    assert match.tokens_by_tier == {"device": 8}
     cache.reserve("b", 10, match)
     assert pages(cache, "b")[:2] == pages(cache, "a")[:2]
     assert pages(cache, "b")[2] != pages(cache, "a")[2]

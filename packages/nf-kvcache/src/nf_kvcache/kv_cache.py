@@ -18,12 +18,13 @@ from nf_kvcache.stats import KVCacheStats
 class _Entry:
     """A sequence: where its pages are, and how far they are filled and indexed."""
 
-    __slots__ = ("node", "num_tokens", "row", "tail")
+    __slots__ = ("match", "node", "num_tokens", "row", "tail")
 
-    def __init__(self, row: int, node: PrefixNode, num_tokens: int) -> None:
+    def __init__(self, row: int, node: PrefixNode, match: PrefixMatch) -> None:
         self.row = row
+        self.match = match
         self.node = node  # the longest indexed prefix
-        self.num_tokens = num_tokens  # whose KV is complete
+        self.num_tokens = match.num_tokens  # whose KV is complete
         self.tail = b""  # those of them that do not fill a page yet
 
 
@@ -31,9 +32,10 @@ class KVCache:
     """Pages of K and V on one device, taken by the sequence and shared by prefix.
 
     A sequence is a name. It begins with its first `reserve`, which may carry a match, and ends with
-    `release`. Full pages that were committed can be found by later matches, also after their
-    sequence has been released, until the page is needed for something else, least recently used
-    first. A page that a sequence refers to is never taken. Partly filled pages are never shared.
+    `release`; `preempt` takes its pages until it reserves again. Full pages that were committed can
+    be found by later matches, also after their sequence has given them back, until the page is
+    needed for something else, least recently used first. A page that a sequence refers to is never
+    taken. Partly filled pages are never shared.
 
     It satisfies `nf_scheduler.PageBudget`. Not thread-safe.
 
@@ -79,6 +81,7 @@ class KVCache:
         self._pool = PagePool(num_pages, on_evict=self._index.forget)
         self._table = PageTable()
         self._entries: dict[str, _Entry] = {}
+        self._preempted: set[str] = set()
         self._queried_tokens = 0
         self._hit_tokens = 0
 
@@ -87,12 +90,23 @@ class KVCache:
         """Token slots in a page."""
         return self.layout.page_size
 
-    def match(self, token_ids: np.ndarray) -> PrefixMatch:
+    def match(self, token_ids: np.ndarray, *, seq: str = "", cache_salt: str = "") -> PrefixMatch:
         """Find the longest prefix of `token_ids` whose KV is here, in whole pages.
 
         Args:
             token_ids: int32 [n]. To leave a last token to compute, leave it out.
+            seq: the sequence that asks; of one that was preempted nothing more is kept than of
+                others.
+            cache_salt: only the empty one.
+
+        Raises:
+            ValueError: for another salt.
         """
+        if cache_salt:
+            raise ValueError(
+                f"cache_salt of sequence {seq!r} is {cache_salt!r}; this cache shares its pages "
+                "among all sequences, so leave it empty."
+            )
         if not self._prefix_caching:
             return PrefixMatch(0, ())
         tokens = np.asarray(token_ids, dtype=np.int32)
@@ -132,14 +146,23 @@ class KVCache:
         entry = self._entries.get(seq)
         if entry is None:
             node = self._index.root if match is None or match.node is None else match.node
-            entry = _Entry(self._table.add_row(), node, len(shared) * self.page_size)
+            entry = _Entry(self._table.add_row(), node, match or PrefixMatch(0, ()))
             self._index.hold(node)
             self._entries[seq] = entry
+            self._preempted.discard(seq)
             self._table.append(entry.row, list(shared))
             if match is not None:
                 self._queried_tokens += match.queried_tokens
                 self._hit_tokens += match.num_tokens
         self._table.append(entry.row, pages)
+
+    def restored(self, seq: str) -> PrefixMatch:
+        """The match that `seq` was begun with: all of it is on the device.
+
+        Raises:
+            KeyError: no such sequence, or it has no pages now.
+        """
+        return self._entry(seq).match
 
     def commit(self, seq: str, token_ids: np.ndarray) -> None:
         """Say that the KV of the next tokens of `seq` is complete; full pages can be found then.
@@ -177,12 +200,24 @@ class KVCache:
             self._index.unhold(entry.node)
             entry.node = node
 
+    def preempt(self, seq: str) -> None:
+        """Take the pages of `seq` until it reserves again. The full ones can still be found.
+
+        Raises:
+            KeyError: no such sequence, or it has no pages now.
+        """
+        self.release(seq)
+        self._preempted.add(seq)
+
     def release(self, seq: str) -> None:
-        """End `seq`. Its full pages can still be found until they are needed.
+        """End `seq`, preempted or not. Its full pages can still be found until they are needed.
 
         Raises:
             KeyError: no such sequence; it was released before, or never began.
         """
+        if seq in self._preempted:
+            self._preempted.remove(seq)
+            return
         entry = self._entry(seq)
         del self._entries[seq]
         # The last page first, so that a prefix is not evicted before what builds on it.

@@ -16,17 +16,19 @@ class PrefixMatch:
     Attributes:
         num_tokens: length of the prefix; a whole number of pages.
         pages: where it is, in order.
-        pending: True while some of it is on the way up from a lower tier. This cache has one tier,
-            so it is always False.
         queried_tokens: length of the sequence that was looked for.
         node: its place in the index; None for an empty match.
     """
 
     num_tokens: int
     pages: tuple[int, ...]
-    pending: bool = False
     queried_tokens: int = 0
     node: PrefixNode | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def tokens_by_tier(self) -> dict[str, int]:
+        """Where it is: tokens by name of the tier; this cache has one."""
+        return {"device": self.num_tokens} if self.num_tokens else {}
 
     @property
     def is_valid(self) -> bool:
