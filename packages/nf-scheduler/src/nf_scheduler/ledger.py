@@ -17,9 +17,9 @@ class Ledger:
         first_token: when its first token was committed.
         finished: when it finished or was aborted.
         prompt_tokens: tokens of the prompt.
-        cached_tokens: prompt tokens that were not computed, because their KV was found before any of
-            it was computed.
-        cached_tokens_by_tier: the same by where they were found, such as {"device": 32, "host": 16}.
+        cached_tokens: prompt tokens that were not computed, because their KV was found before it
+            first ran.
+        cached_tokens_by_tier: the same by where they were, such as {"device": 32, "host": 16}.
         restored_tokens: tokens that were not computed again after a preemption, because their KV
             was still there or was brought back, over all preemptions.
         restore_seconds: time for which it had pages and a slot, but waited for KV on its way up

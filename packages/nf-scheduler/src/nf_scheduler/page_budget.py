@@ -55,7 +55,9 @@ class PageBudget(Protocol):
             token_ids: int32 [n].
             seq: the sequence that asks; if it was preempted, what was kept of it counts too, beyond
                 whole pages.
-            cache_salt: only KV that was computed under the same salt is found.
+            cache_salt: only KV that was computed under the same salt is found. A sequence that is
+                begun with this match, be it empty, computes under the same salt; one begun without
+                a match, under the empty salt.
         """
 
     def can_reserve(self, seq: str, num_tokens: int, match: Any = None) -> bool:

@@ -120,13 +120,13 @@ class PageKeeper:
     def _match(self, sequence: Sequence) -> PrefixMatch | None:
         """Find KV to reuse. The last token is always computed, because it is sampled from."""
         request = sequence.request
-        if not request.reuse_prefix:
+        if request.reuse_prefix:
+            tokens = sequence.tokens(0, sequence.num_tokens - 1)
+        elif request.cache_salt:  # an empty match says under which salt its KV is filed
+            tokens = sequence.tokens(0, 0)
+        else:
             return None
-        return self._pages.match(
-            sequence.tokens(0, sequence.num_tokens - 1),
-            seq=request.request_id,
-            cache_salt=request.cache_salt,
-        )
+        return self._pages.match(tokens, seq=request.request_id, cache_salt=request.cache_salt)
 
     def _reuse(self, slot: int, restored: PrefixMatch) -> None:
         """Run the request in `slot` from the end of what has been restored for it."""

@@ -13,8 +13,8 @@ class RunningSet:
     """Counts of every running request, int32 arrays indexed by slot.
 
     A request occupies a slot from admission until its last iteration in flight is committed. It is
-    `alive` until it finishes. One that waits for a restore is alive and idle, and has no KV yet. All
-    orders below are orders of arrival, oldest first.
+    `alive` until it finishes. One that waits for a restore is alive and idle, and has no KV yet.
+    All orders below are orders of arrival, oldest first.
 
     Attributes:
         sequences: who occupies each slot.
@@ -73,7 +73,7 @@ class RunningSet:
         return sequence
 
     def add(self, sequence: Sequence, capacity: int) -> int:
-        """Give `sequence` a slot, and have it compute everything; `capacity` tokens fit its pages."""
+        """Give `sequence` a slot and run it, with pages for `capacity` tokens and no KV yet."""
         slot = self._free.pop()
         sequence.slot = slot
         sequence.state = RequestState.RUNNING
@@ -105,7 +105,7 @@ class RunningSet:
     def retire(self, slot: int) -> None:
         """Mark the request in `slot` as finished; it keeps the slot until `remove`."""
         self.sequence(slot).state = RequestState.FINISHED
-        self.alive[slot] = self.restoring[slot] = False
+        self.alive[slot] = False
 
     def remove(self, slot: int) -> None:
         """Free `slot`."""
