@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -46,40 +47,82 @@ def expected_output(request: Request) -> tuple[list[int], FinishReason]:
 
 @dataclass
 class ToyMatch:
-    num_tokens: int
-    pending: bool = False
+    token_ids: np.ndarray
+    tokens_by_tier: dict[str, int]
+    cache_salt: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def first(self, num_tokens: int) -> ToyMatch:
+        on_device = min(num_tokens, self.tokens_by_tier["device"])
+        tiers = {"device": on_device, "host": num_tokens - on_device}
+        return ToyMatch(self.token_ids[:num_tokens], tiers, self.cache_salt)
 
 
 class ToyPages:
-    """A PageBudget that only counts. Its prefix cache takes no pages and never forgets.
+    """A PageBudget that only counts. Neither tier of its prefix cache takes pages.
 
-    `restores` maps a prompt (as bytes) to how many times its match is pending; after that, all full
-    pages of the prompt are there.
+    What was committed can be found on the device, until its sequence is preempted: then it is only
+    on the host.
+
+    Args:
+        page_size, num_pages: of the device.
+        stored: prompts whose full pages are on the host at first.
+        delay: () -> how many more times `restored` is asked in vain.
+        arrives: tokens of a match that are not all on the device -> tokens of it that come.
+        keeps: tokens that a preempted sequence has -> tokens of it that are kept.
     """
 
-    def __init__(self, page_size: int, num_pages: int, restores: dict[bytes, int] | None = None):
+    def __init__(
+        self,
+        page_size: int,
+        num_pages: int,
+        stored: Iterable[np.ndarray] = (),
+        delay: Callable[[], int] = lambda: 0,
+        arrives: Callable[[int], int] = lambda num_tokens: num_tokens,
+        keeps: Callable[[int], int] = lambda num_tokens: num_tokens,
+    ):
         self.page_size = page_size
         self.num_pages = num_pages
+        self.delay, self.arrives, self.keeps = delay, arrives, keeps
         self.pages: dict[str, int] = {}
         self.committed: dict[str, list[int]] = {}
-        self.prefixes: set[bytes] = set()
-        self.restores = dict(restores or {})
+        self.on_device: set[tuple[str, bytes]] = set()  # (salt, tokens) of full pages
+        self.on_host: set[tuple[str, bytes]] = set()
+        self.salts: dict[str, str] = {}  # of every sequence that has begun and not ended
+        self.kept: dict[str, list[int]] = {}  # of each preempted sequence
+        self.begun: dict[str, ToyMatch] = {}  # matches that `restored` has not answered
+        self.left: dict[str, int] = {}  # how many times it will not
+        self.answers: list[tuple[str, ToyMatch, int]] = []  # seq, its match, tokens that came
+        self.preempted: list[tuple[str, int]] = []  # seq, tokens committed; in order
+        self.departures: dict[str, int] = {}  # how often it gave up its pages
         self.releases: dict[str, int] = {}
+        self.interrupted = 0  # restores that were under way at a preemption or release
+        for prompt in stored:
+            self._learn(self.on_host, "", prompt)
 
     @property
     def num_free(self) -> int:
         return self.num_pages - sum(self.pages.values())
 
-    def match(self, token_ids):
-        key = token_ids.tobytes()
-        if self.restores.get(key, 0) > 0:
-            self.restores[key] -= 1
-            return ToyMatch(0, pending=True)
-        self._learn(token_ids if key in self.restores else token_ids[:0])
-        stop = len(token_ids) // self.page_size * self.page_size
-        while stop and token_ids[:stop].tobytes() not in self.prefixes:
-            stop -= self.page_size
-        return ToyMatch(stop)
+    def match(self, token_ids, *, seq="", cache_salt=""):
+        def extend(stop, *tiers):
+            while stop + self.page_size <= len(token_ids) and (
+                cache_salt,
+                token_ids[: stop + self.page_size].tobytes(),
+            ) in set().union(*tiers):
+                stop += self.page_size
+            return stop
+
+        on_device = extend(0, self.on_device)
+        found = extend(on_device, self.on_device, self.on_host)
+        kept = self.kept.get(seq, [])
+        assert kept == token_ids[: len(kept)].tolist(), "kept for another sequence of that name"
+        tiers = {"device": on_device, "host": len(token_ids) - on_device}
+        whole = ToyMatch(token_ids, tiers, cache_salt)
+        return whole.first(max(found, len(kept)))
 
     def can_reserve(self, seq, num_tokens, match=None):
         return self._missing(seq, num_tokens) <= self.num_free
@@ -89,24 +132,64 @@ class ToyPages:
         if missing > self.num_free:
             raise RuntimeError("out of pages")
         if seq not in self.pages:
-            self.committed[seq] = [None] * (match.num_tokens if match else 0)
+            self.committed[seq] = []
+            self.salts[seq] = "" if match is None else match.cache_salt
+            if match is not None:
+                assert match.num_tokens < num_tokens
+                self.begun[seq] = match
+                self.left[seq] = self.delay() if match.tokens_by_tier["host"] else 0
         self.pages[seq] = self.pages.get(seq, 0) + missing
+
+    def restored(self, seq):
+        if self.left[seq]:
+            self.left[seq] -= 1
+            return None
+        del self.left[seq]
+        match = come = self.begun.pop(seq)
+        if match.tokens_by_tier["host"]:
+            come = match.first(self.arrives(match.num_tokens))
+        self.answers.append((seq, match, come.num_tokens))
+        self.kept.pop(seq, None)
+        self.committed[seq] = come.token_ids.tolist()
+        self._learn(self.on_device, self.salts[seq], come.token_ids)
+        return come
 
     def commit(self, seq, token_ids):
         assert len(token_ids)
+        assert seq not in self.begun
         history = self.committed[seq]
         history.extend(token_ids.tolist())
         assert len(history) <= self.pages[seq] * self.page_size
-        if None not in history:
-            self._learn(np.array(history, dtype=np.int32))
+        self._learn(self.on_device, self.salts[seq], np.array(history, dtype=np.int32))
+
+    def preempt(self, seq):
+        tokens = np.array(self.committed[seq], dtype=np.int32)
+        if seq in self.begun:
+            assert not len(tokens)
+        else:
+            self.preempted.append((seq, len(tokens)))
+            self.kept[seq] = tokens[: self.keeps(len(tokens))].tolist()
+            for stop in range(self.page_size, len(tokens) + 1, self.page_size):
+                self.on_device.discard((self.salts[seq], tokens[:stop].tobytes()))
+        self._take_pages(seq)
 
     def release(self, seq):
-        del self.pages[seq], self.committed[seq]
+        del self.salts[seq]  # KeyError: released twice, or never begun
+        self.kept.pop(seq, None)
+        if seq in self.pages:
+            self._take_pages(seq)
         self.releases[seq] = self.releases.get(seq, 0) + 1
 
-    def _learn(self, token_ids):
+    def _take_pages(self, seq):
+        del self.pages[seq], self.committed[seq]
+        if self.begun.pop(seq, None) is not None:
+            del self.left[seq]
+            self.interrupted += 1
+        self.departures[seq] = self.departures.get(seq, 0) + 1
+
+    def _learn(self, tier, salt, token_ids):
         for stop in range(self.page_size, len(token_ids) + 1, self.page_size):
-            self.prefixes.add(token_ids[:stop].tobytes())
+            tier.add((salt, token_ids[:stop].tobytes()))
 
     def _missing(self, seq, num_tokens):
         return max(0, -(-num_tokens // self.page_size) - self.pages.get(seq, 0))
@@ -121,7 +204,11 @@ class Life:
     history: list[int]  # prompt and everything sampled on the device, speculation included
     kv: int = 0  # tokens in pages
     slot: int | None = None
-    releases: int = 0  # how often its pages had been released when it was last started
+    departures: int = 0  # how often it had given up its pages when it was last started
+    waits_since: float | None = None  # for a restore
+    restore_seconds: float = 0.0
+    cached_tokens: int = 0
+    restored_tokens: int = 0
     received: list[int] = field(default_factory=list)
     end: TokenEvent | None = None
     sampled_at: dict[int, int] = field(default_factory=dict)  # position -> iteration
@@ -146,6 +233,9 @@ class ToyEngine:
         self.committed = -1  # last committed iteration
         self.batches: list[Batch] = []
         self.waits = 0  # schedules since the oldest request last ran
+        self.partial_returns = 0  # starts in the middle of a page
+        self.decode_returns = 0  # starts with all KV but that of the last token
+        self.num_answers = self.num_preempted = 0  # of those the pages list, how many were checked
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -156,6 +246,7 @@ class ToyEngine:
         expected = self.lives[request_id].end is None and not self._is_finished(request_id)
         alive = self.scheduler.abort(request_id)
         assert alive == expected
+        self._check_restores()
         self.scheduler.check_integrity()
         self._take(self.scheduler.take_events())
         return alive
@@ -166,6 +257,10 @@ class ToyEngine:
         oldest = self._oldest_running()
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
+        self._check_pages()
+        self._check_restores()
+        if batch is None and not self.in_flight and self.scheduler.has_work:
+            assert self.scheduler.num_restoring, "nothing runs, and nothing is waited for"
         if batch is not None:
             self._check_batch(batch)
             self.batches.append(batch)
@@ -196,6 +291,9 @@ class ToyEngine:
         assert all(life.end is not None for life in self.lives.values())
         assert self.pages.num_free == self.pages.num_pages
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert self.scheduler.num_restoring == 0
+        left = (self.pages.salts, self.pages.kept, self.pages.begun, self.pages.left)
+        assert left == ({}, {}, {}, {}), "a sequence did not end"
         assert self.scheduler.take_events() == []
 
     def _is_finished(self, request_id: str) -> bool:
@@ -243,13 +341,17 @@ class ToyEngine:
         assert life.end is None
         assert self.scheduler.state_of(request_id) is RequestState.RUNNING
         assert 0 <= slot < self.config.max_num_seqs
-        releases = self.pages.releases.get(request_id, 0)
-        if life.slot is None or releases > life.releases:  # a start, or a return
-            assert start % self.pages.page_size == 0
+        departures = self.pages.departures.get(request_id, 0)
+        if life.slot is None or departures > life.departures:  # a start, or a return
+            assert start == len(self.pages.committed[request_id])
+            if start % self.pages.page_size:
+                assert life.starts, "a partial page of another request"
+                self.partial_returns += 1
+            self.decode_returns += row < batch.num_decodes
             assert life.request.reuse_prefix or start == 0
             assert not any(request_id in other.request_ids for other, _ in self.in_flight)
             self._check_is_next(life)
-            life.slot, life.releases, life.starts = slot, releases, life.starts + 1
+            life.slot, life.departures, life.starts = slot, departures, life.starts + 1
         else:
             assert start == life.kv, "chunks do not tile the request"
         assert slot == life.slot, "the slot of a running request changed"
@@ -273,13 +375,51 @@ class ToyEngine:
         else:
             assert 1 <= len(new) <= self.config.prefill_chunk
 
-    def _oldest_running(self) -> str | None:
-        """The oldest of the running requests that have something to compute."""
+    def _check_pages(self) -> None:
+        """What the pages were told of is true, and who was preempted left all the KV it had."""
+        for name, salt in self.pages.salts.items():
+            assert salt == self.lives[name].request.cache_salt
+        for name, tokens in self.pages.committed.items():
+            assert tokens == self.lives[name].history[: len(tokens)]
+        for name, num_tokens in self.pages.preempted[self.num_preempted :]:
+            life = self.lives[name]
+            ran = life.starts and life.departures == self.pages.departures[name] - 1
+            assert not ran or num_tokens == life.kv
+        self.num_preempted = len(self.pages.preempted)
+
+    def _check_restores(self) -> None:
+        """Keep the time that each request waits, and what it reuses, for `_check_ledger`."""
+        for name, _, come in self.pages.answers[self.num_answers :]:
+            life = self.lives[name]
+            if life.starts:
+                life.restored_tokens += come
+            else:
+                life.cached_tokens = come
+        self.num_answers = len(self.pages.answers)
+        restoring = 0
         for name, life in self.lives.items():
+            waits = name in self.pages.begun
+            if life.end is None and not self._is_finished(name):
+                state = self.scheduler.state_of(name)
+                assert (state is RequestState.WAITING_FOR_RESTORE) == waits
+            restoring += waits
+            if waits and life.waits_since is None:
+                life.waits_since = self.now
+            elif not waits and life.waits_since is not None:
+                life.restore_seconds += self.now - life.waits_since
+                life.waits_since = None
+        assert self.scheduler.num_restoring == restoring
+
+    def _oldest_running(self) -> str | None:
+        """The oldest request with pages, if it runs and has something to compute."""
+        for name, life in self.lives.items():
+            if life.end is not None or self._is_finished(name):
+                continue
+            state = self.scheduler.state_of(name)
+            if state is RequestState.WAITING_FOR_RESTORE:
+                return None  # it goes on in time, and until then others may lack its pages
             if (
-                life.end is None
-                and not self._is_finished(name)
-                and self.scheduler.state_of(name) is RequestState.RUNNING
+                state is RequestState.RUNNING
                 and len(life.history) - life.prompt_len < life.request.max_tokens
             ):
                 return name
@@ -297,7 +437,7 @@ class ToyEngine:
         assert self.waits <= 2 * (self.lag + 1) * (self.config.max_num_seqs + 1), "starvation"
 
     def _check_is_next(self, life: Life) -> None:
-        """When a request starts, no older one stays queued, unless it waits for a restore."""
+        """When a request first runs, no older one is queued."""
         for name, other in self.lives.items():
             if other.arrival < life.arrival and not self._is_finished(name):
                 assert self.scheduler.state_of(name) in (
@@ -330,14 +470,17 @@ class ToyEngine:
         assert ledger.prompt_tokens == life.prompt_len
         assert ledger.output_tokens == len(life.received)
         assert ledger.finished == self.now
-        assert ledger.cached_tokens < life.prompt_len
+        assert ledger.cached_tokens == life.cached_tokens < life.prompt_len
+        assert sum(ledger.cached_tokens_by_tier.values()) == life.cached_tokens
+        assert ledger.restored_tokens == life.restored_tokens
+        assert ledger.restore_seconds == life.restore_seconds
         times = [ledger.arrival, ledger.first_scheduled, ledger.first_token, ledger.finished]
         known = [time for time in times if time is not None]
         assert known == sorted(known)
         assert (ledger.first_token is None) == (not life.received)
         if life.starts:
             assert life.starts <= ledger.preemptions + 1
-            assert ledger.prefill_chunks >= life.starts
+            assert ledger.prefill_chunks >= 1
 
 
 @pytest.fixture(scope="session")

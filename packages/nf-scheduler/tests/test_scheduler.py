@@ -283,50 +283,6 @@ def test_a_cached_prefix_is_not_computed_but_the_last_token_always_is(toy, pages
     assert [event.ledger.cached_tokens for event in events] == [4, 8, 0]
 
 
-def test_who_waits_for_a_restore_is_asked_again_and_does_not_block_others(toy):
-    prompt = np.arange(9, dtype=np.int32)
-    pages = toy.Pages(4, 64, restores={prompt[:-1].tobytes(): 2})
-    scheduler = Scheduler(pages, config())
-    scheduler.add(Request("a", prompt, 4))
-    scheduler.add(request("b", 5, 4))
-    first = scheduler.schedule()
-    assert first.request_ids == ["b"]
-    assert scheduler.state_of("a") is RequestState.WAITING_FOR_RESTORE
-    assert (scheduler.num_waiting, scheduler.num_running) == (1, 1)
-    assert scheduler.schedule().request_ids == ["b"]
-    third = scheduler.schedule()
-    assert third.request_ids == ["b", "a"]
-    assert scheduler.state_of("a") is RequestState.RUNNING
-    assert third.context_lens.tolist() == [6, 8]
-
-
-def test_who_waits_for_a_restore_can_be_aborted(toy):
-    prompt = np.arange(9, dtype=np.int32)
-    pages = toy.Pages(4, 64, restores={prompt[:-1].tobytes(): 99})
-    scheduler = Scheduler(pages, config())
-    scheduler.add(Request("a", prompt, 4))
-    assert scheduler.schedule() is None
-    assert scheduler.has_work
-    assert scheduler.abort("a")
-    assert not scheduler.has_work
-
-
-def test_a_restored_request_that_does_not_fit_waits_at_the_head(toy):
-    prompt = np.arange(9, dtype=np.int32)
-    pages = toy.Pages(4, 4, restores={prompt[:-1].tobytes(): 1})
-    scheduler = Scheduler(pages, config())
-    scheduler.add(Request("a", prompt, 4))
-    scheduler.add(request("b", 8, 2))
-    scheduler.add(request("c", 1, 1))
-    commit(scheduler, scheduler.schedule(), 1, 1)  # `b` and `c` overtake
-    batch = scheduler.schedule()  # `b` needs a third page, `a` no longer fits
-    assert batch.request_ids == ["b"]
-    assert scheduler.state_of("a") is RequestState.WAITING
-    scheduler.add(request("d", 1, 1))
-    commit(scheduler, batch, 1)
-    assert scheduler.schedule().request_ids == ["a", "d"]
-
-
 def test_abort_in_the_queue_takes_effect_at_once(pages):
     scheduler = Scheduler(pages, config(), clock=lambda: 3.0)
     scheduler.add(request("a", 3, 4))

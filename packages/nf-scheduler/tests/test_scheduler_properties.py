@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
 import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -11,7 +15,7 @@ from nf_scheduler import FinishReason, Request, SchedulerConfig
 
 @st.composite
 def scenarios(draw):
-    """(config, page size, pages, lag, [(step, request, step of its abort, pending matches)])."""
+    """(config, page size, pages, lag, [(step, request, step of its abort, stored)], chance)."""
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
     config = SchedulerConfig(
         max_model_len=64,
@@ -33,19 +37,38 @@ def scenarios(draw):
             min_tokens=draw(st.integers(0, 6)),
             stop_token_ids=draw(st.frozensets(st.integers(0, 23), max_size=4)),
             reuse_prefix=draw(st.booleans()),
+            cache_salt=draw(st.sampled_from(["", "", "x"])),
         )
         largest = max(largest, -(-(len(prompt) + max_tokens - 1) // page_size))
         abort = draw(st.none() | st.integers(0, 30))
-        arrivals.append((draw(st.integers(0, 15)), request, abort, draw(st.integers(0, 3))))
+        arrivals.append((draw(st.integers(0, 15)), request, abort, draw(st.booleans())))
     num_pages = largest + draw(st.integers(0, 12))
-    return config, page_size, num_pages, draw(st.integers(0, 2)), arrivals
+    chance = draw(st.randoms(use_true_random=False))
+    return config, page_size, num_pages, draw(st.integers(0, 2)), arrivals, chance
+
+
+def fate(page_size: int, chance: Random) -> dict[str, Callable]:
+    """How long restores take, what comes of them, and what is kept at a preemption."""
+
+    def arrives(num_tokens: int) -> int:
+        fewer = chance.randrange(num_tokens) // page_size * page_size
+        return chance.choice([num_tokens, num_tokens, fewer, 0])
+
+    return {
+        "delay": lambda: chance.choice([0, 1, 3, 25]),
+        "arrives": arrives,
+        "keeps": lambda num_tokens: chance.choice(
+            [num_tokens, num_tokens, chance.randint(0, num_tokens), 0]
+        ),
+    }
 
 
 def play(toy, scenario):
     """Run a scenario to its end; return the engine."""
-    config, page_size, num_pages, lag, arrivals = scenario
-    restores = {r.prompt_token_ids[:-1].tobytes(): delay for _, r, _, delay in arrivals if delay}
-    engine = toy.Engine(toy.Pages(page_size, num_pages, restores), config, lag)
+    config, page_size, num_pages, lag, arrivals, chance = scenario
+    stored = [request.prompt_token_ids for _, request, _, is_stored in arrivals if is_stored]
+    pages = toy.Pages(page_size, num_pages, stored, **fate(page_size, chance))
+    engine = toy.Engine(pages, config, lag)
     step = 0
     while engine.scheduler.has_work or any(start >= step for start, *_ in arrivals):
         for start, request, abort, _ in arrivals:
@@ -66,7 +89,9 @@ def test_every_batch_and_every_event_is_right(toy, scenario):
     engine = play(toy, scenario)
     event(f"preemptions: {min(engine.scheduler.num_preemptions, 3)}")
     event(f"lag: {engine.lag}")
-    aborted = {r.request_id for _, r, abort, _ in scenario[-1] if abort is not None}
+    event(f"restores: {min(len(engine.pages.answers), 3)}")
+    event(f"interrupted: {min(engine.pages.interrupted, 3)}")
+    aborted = {r.request_id for _, r, abort, _ in scenario[4] if abort is not None}
     for name, life in engine.lives.items():
         if life.end.finish_reason is FinishReason.ABORT:
             assert name in aborted
@@ -85,14 +110,37 @@ def test_tokens_do_not_depend_on_lag_chunk_or_pages_under_constant_shortage(
     toy, seed, lag, chunk, spare
 ):
     """Eight long requests in a pool that holds little more than one of them."""
+    shortage(toy, seed, lag, chunk, spare)
+
+
+def shortage(toy, seed, lag, chunk, spare):
+    """Run eight requests of which one alone nearly fills the pool; return the engine."""
     rng = np.random.default_rng(seed)
     config = SchedulerConfig(
         max_model_len=64, max_num_batched_tokens=64, max_num_seqs=8, max_prefill_chunk=chunk
     )
-    engine = toy.Engine(toy.Pages(4, 13 + spare), config, lag)
+    pages = toy.Pages(4, 13 + spare, **fate(4, Random(seed)))
+    engine = toy.Engine(pages, config, lag)
     for index in range(8):
         prompt = rng.integers(0, toy.VOCAB, rng.integers(1, 13), dtype=np.int32)
         engine.add(Request(f"r{index}", prompt, 40))
     engine.run()
     assert engine.scheduler.num_preemptions > 0
     assert all(len(life.received) == 40 for life in engine.lives.values())
+    return engine
+
+
+def test_every_fate_of_a_restore_happens_under_shortage(toy):
+    """What the tests above are about happens often, not only now and then."""
+    seen: Counter[str] = Counter()
+    for seed in range(20):
+        engine = shortage(toy, seed, lag=seed % 3, chunk=1 + seed % 7, spare=seed % 5)
+        for _, match, come in engine.pages.answers:
+            if match.tokens_by_tier["host"]:
+                seen["whole" if come == match.num_tokens else "short" if come else "empty"] += 1
+        seen["interrupted"] += engine.pages.interrupted
+        seen["partial page"] += engine.partial_returns
+        seen["decode"] += engine.decode_returns
+        seen["waited"] += sum(life.restore_seconds > 0 for life in engine.lives.values())
+    assert min(seen.values()) >= 10, seen
+    assert len(seen) == 7

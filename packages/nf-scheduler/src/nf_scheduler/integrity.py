@@ -11,7 +11,8 @@ from nf_scheduler.request import RequestState
 from nf_scheduler.running_set import RunningSet
 from nf_scheduler.sequence import Sequence
 
-_QUEUED = (RequestState.WAITING, RequestState.WAITING_FOR_RESTORE, RequestState.PREEMPTED)
+_QUEUED = (RequestState.WAITING, RequestState.PREEMPTED)
+_WAITS = RequestState.WAITING_FOR_RESTORE
 
 
 def find_fault(
@@ -41,7 +42,10 @@ def _faults(
         yield f"the queue is not in order of arrival: {arrivals}"
     for sequence in queue:
         if sequence.state not in _QUEUED or sequence.slot != -1:
-            yield f"{sequence.request.request_id!r} is queued as {sequence.state.name}"
+            yield f"{sequence.request_id!r} is queued as {sequence.state.name}"
+    for sequence in occupants:
+        if sequence.state is _WAITS and arrivals and sequence.arrival > arrivals[0]:
+            yield f"{sequence.request_id!r} is restored before an older request in the queue"
     in_flight_of = np.zeros_like(running.in_flight)
     pending_of = np.zeros_like(running.pending)
     for batch in in_flight:
@@ -50,20 +54,28 @@ def _faults(
     for slot, occupant in enumerate(running.sequences):
         if occupant is not None:
             yield from _slot_faults(running, slot, occupant, in_flight_of[slot], pending_of[slot])
-        elif running.alive[slot] or in_flight_of[slot]:
-            yield f"slot {slot} is empty, but counts as running or in flight"
+        elif running.alive[slot] or running.restoring[slot] or in_flight_of[slot]:
+            yield f"slot {slot} is empty, but counts as running, restoring or in flight"
 
 
 def _slot_faults(
     running: RunningSet, slot: int, sequence: Sequence, in_flight: int, pending: int
 ) -> Iterator[str]:
-    name = repr(sequence.request.request_id)
+    name = repr(sequence.request_id)
     if sequence.slot != slot:
         yield f"{name} occupies slot {slot}, but believes it has {sequence.slot}"
     if running.in_flight[slot] != in_flight:
         yield f"{name} counts {running.in_flight[slot]} iterations in flight, but is in {in_flight}"
-    if (sequence.state is RequestState.RUNNING) != bool(running.alive[slot]):
+    if (sequence.state in (RequestState.RUNNING, _WAITS)) != bool(running.alive[slot]):
         yield f"{name} is {sequence.state.name} in a slot with alive={running.alive[slot]}"
+    waits = sequence.state is _WAITS
+    if waits != bool(running.restoring[slot]) or waits != (sequence.restore_began is not None):
+        yield (
+            f"{name} is {sequence.state.name} in a slot with restoring={running.restoring[slot]}, "
+            f"and its restore began at {sequence.restore_began}"
+        )
+    if waits and (in_flight or running.scheduled[slot]):
+        yield f"{name} waits for a restore, but has been scheduled"
     if not running.alive[slot]:
         if in_flight == 0:
             yield f"{name} has finished and is in no iteration in flight, but keeps its slot"

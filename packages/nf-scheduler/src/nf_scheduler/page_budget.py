@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,23 +11,33 @@ import numpy as np
 class PrefixMatch(Protocol):
     """A prefix of a sequence whose KV already exists.
 
-    It is good until the next call that reserves or releases pages.
+    It is good until the next call that reserves or takes pages.
     """
 
     @property
     def num_tokens(self) -> int:
-        """Length of the prefix in tokens; a whole number of pages."""
+        """Length of the prefix in tokens.
+
+        A whole number of pages, unless it is what a preempted sequence kept.
+        """
 
     @property
-    def pending(self) -> bool:
-        """True while pages of it are on their way up from a lower tier: match again later."""
+    def tokens_by_tier(self) -> Mapping[str, int]:
+        """Where it is: tokens by name of the tier, such as {"device": 32, "host": 16}.
+
+        They sum to `num_tokens`.
+        """
 
 
 class PageBudget(Protocol):
     """Pages of KV, handed out by the sequence. `nf_kvcache.KVCache` is one.
 
-    A sequence is named by its request id, begins with its first `reserve` and ends with `release`.
-    The scheduler passes a match only to the `can_reserve` and `reserve` that follow it directly.
+    A sequence is named by its request id, begins with its first `reserve` and ends with its one
+    `release`. In between, `preempt` takes its pages, and the next `reserve` gives it new ones. The
+    scheduler passes a match only to the `can_reserve` and `reserve` that follow it directly.
+
+    KV in a lower tier is brought up without anyone waiting for it in a call: `reserve` begins that,
+    and `restored` says when it has ended. It has to end in bounded time, and may end with less.
     """
 
     @property
@@ -37,8 +48,17 @@ class PageBudget(Protocol):
     def num_pages(self) -> int:
         """Pages that exist. One sequence alone can always have them all."""
 
-    def match(self, token_ids: np.ndarray) -> PrefixMatch:
-        """Find the longest prefix of `token_ids` (int32 [n]) whose KV exists, in whole pages."""
+    def match(self, token_ids: np.ndarray, *, seq: str = "", cache_salt: str = "") -> PrefixMatch:
+        """Find the longest prefix of `token_ids` whose KV exists in any tier, in whole pages.
+
+        Args:
+            token_ids: int32 [n].
+            seq: the sequence that asks; if it was preempted, what was kept of it counts too, beyond
+                whole pages.
+            cache_salt: only KV that was computed under the same salt is found. A sequence that is
+                begun with this match, be it empty, computes under the same salt; one begun without
+                a match, under the empty salt.
+        """
 
     def can_reserve(self, seq: str, num_tokens: int, match: Any = None) -> bool:
         """Whether `reserve` with the same arguments would succeed now."""
@@ -46,19 +66,42 @@ class PageBudget(Protocol):
     def reserve(self, seq: str, num_tokens: int, match: Any = None) -> None:
         """Give `seq` room for `num_tokens` tokens in total, from its start.
 
-        The first call for a sequence may carry a match, whose pages then are the sequence's first
-        ones.
+        The first call for a sequence, or the first since `preempt`, may carry a match, whose KV
+        then is that of the sequence's first tokens. What of it is in a lower tier begins its way
+        up.
 
         Raises:
             RuntimeError: there are not enough pages; nothing has changed.
         """
 
+    def restored(self, seq: str) -> PrefixMatch | None:
+        """What has come of the match that `seq` was begun with.
+
+        It may be less than the match, down to nothing, where pages were damaged or too slow; the
+        rest is computed. The scheduler asks after that `reserve`, and again in every `schedule`
+        until there is an answer.
+
+        Returns:
+            None while pages are on their way up; the match itself at once if none have to be.
+        """
+
     def commit(self, seq: str, token_ids: np.ndarray) -> None:
         """Say that the KV of the next tokens of `seq` (int32 [n]) is complete.
 
-        They follow those of the match and of earlier commits. The scheduler calls this whenever
-        pages have become full, with the tokens of those pages.
+        They follow those of what was restored and of earlier commits. The scheduler calls this
+        whenever pages have become full, with their tokens, and before `preempt`, with what is
+        complete of the last page.
+        """
+
+    def preempt(self, seq: str) -> None:
+        """Take the pages of `seq`, which comes back later.
+
+        Its KV is kept where it can be, for the match of its return. A restore that is under way
+        ends; what it was bringing stays where it was. The pages no longer count as taken.
         """
 
     def release(self, seq: str) -> None:
-        """End `seq`; its pages may be kept for later matches, but no longer count as taken."""
+        """End `seq`, preempted or not, and a restore that is under way.
+
+        Its pages no longer count as taken. They may be kept for later matches of other sequences.
+        """

@@ -14,9 +14,9 @@ class RequestState(enum.IntEnum):
     WAITING = 0
     """Queued; has no pages."""
     WAITING_FOR_RESTORE = 1
-    """Queued; pages of its prefix are on their way up from a lower tier."""
+    """Has pages and a slot, but does not run; KV is on its way up from a lower tier."""
     RUNNING = 2
-    """Has pages and a slot."""
+    """Has pages and a slot, and takes part in iterations."""
     PREEMPTED = 3
     """Queued again after its pages were taken; keeps what it has generated."""
     FINISHED = 4
@@ -48,6 +48,7 @@ class Request:
         stop_token_ids: ids that end the request. The end-of-sequence ids are among them unless the
             caller ignores them.
         reuse_prefix: False computes every position anew, even those whose KV is cached.
+        cache_salt: KV is reused only among requests with the same salt.
 
     Raises:
         ValueError: for an empty id or prompt, a prompt that is not one dimension of integers, or
@@ -60,6 +61,7 @@ class Request:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     reuse_prefix: bool = True
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not self.request_id:

@@ -13,11 +13,13 @@ class RunningSet:
     """Counts of every running request, int32 arrays indexed by slot.
 
     A request occupies a slot from admission until its last iteration in flight is committed. It is
-    `alive` until it finishes. All orders below are orders of arrival, oldest first.
+    `alive` until it finishes. One that waits for a restore is alive and idle, and has no KV yet.
+    All orders below are orders of arrival, oldest first.
 
     Attributes:
         sequences: who occupies each slot.
         alive: bool; occupied by a request that goes on.
+        restoring: bool; it waits for a restore.
         arrival: int64; number of the request, in order of arrival.
         prompt_len: tokens of the prompt.
         limit: tokens at which the request ends: prompt_len + max_tokens.
@@ -26,7 +28,7 @@ class RunningSet:
         last_token: id of the last known token.
         scheduled: tokens whose KV is in pages once all iterations in flight have run.
         completed: tokens whose KV is in pages for certain.
-        published: tokens reported to the page budget as complete.
+        published: tokens that the page budget knows to be complete.
         capacity: tokens for which pages are reserved.
         in_flight: uncommitted iterations that contain the request.
     """
@@ -35,6 +37,7 @@ class RunningSet:
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self.alive = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.restoring = np.zeros(max_num_seqs, dtype=np.bool_)
         self.arrival = np.zeros(max_num_seqs, dtype=np.int64)
         self.prompt_len = np.zeros(max_num_seqs, dtype=np.int32)
         self.limit = np.zeros(max_num_seqs, dtype=np.int32)
@@ -47,9 +50,15 @@ class RunningSet:
         self.capacity = np.zeros(max_num_seqs, dtype=np.int32)
         self.in_flight = np.zeros(max_num_seqs, dtype=np.int32)
 
-    def __len__(self) -> int:
-        """Number of requests that go on."""
-        return int(np.count_nonzero(self.alive))
+    @property
+    def num_running(self) -> int:
+        """Number of requests that take part in iterations."""
+        return int(np.count_nonzero(self.alive)) - self.num_restoring
+
+    @property
+    def num_restoring(self) -> int:
+        """Number of requests that wait for a restore."""
+        return int(np.count_nonzero(self.restoring))
 
     @property
     def has_free_slot(self) -> bool:
@@ -63,8 +72,8 @@ class RunningSet:
             raise RuntimeError(f"Slot {slot} is empty; something was scheduled that does not run.")
         return sequence
 
-    def add(self, sequence: Sequence, cached_tokens: int, capacity: int) -> int:
-        """Give `sequence` a slot; the KV of its first `cached_tokens` tokens exists."""
+    def add(self, sequence: Sequence, capacity: int) -> int:
+        """Give `sequence` a slot and run it, with pages for `capacity` tokens and no KV yet."""
         slot = self._free.pop()
         sequence.slot = slot
         sequence.state = RequestState.RUNNING
@@ -77,10 +86,21 @@ class RunningSet:
         self.known[slot] = sequence.num_tokens
         self.pending[slot] = 0
         self.last_token[slot] = sequence.tokens(sequence.num_tokens - 1, sequence.num_tokens)[0]
-        self.scheduled[slot] = self.completed[slot] = self.published[slot] = cached_tokens
+        self.scheduled[slot] = self.completed[slot] = self.published[slot] = 0
         self.capacity[slot] = capacity
         self.in_flight[slot] = 0
         return slot
+
+    def wait(self, slot: int) -> None:
+        """Have the request in `slot`, just added, wait for a restore."""
+        self.sequence(slot).state = RequestState.WAITING_FOR_RESTORE
+        self.restoring[slot] = True
+
+    def go_on(self, slot: int, num_tokens: int) -> None:
+        """Run the request in `slot`; the KV of its first `num_tokens` tokens exists."""
+        self.sequence(slot).state = RequestState.RUNNING
+        self.restoring[slot] = False
+        self.scheduled[slot] = self.completed[slot] = self.published[slot] = num_tokens
 
     def retire(self, slot: int) -> None:
         """Mark the request in `slot` as finished; it keeps the slot until `remove`."""
@@ -91,12 +111,12 @@ class RunningSet:
         """Free `slot`."""
         self.sequence(slot).slot = -1
         self.sequences[slot] = None
-        self.alive[slot] = False
+        self.alive[slot] = self.restoring[slot] = False
         self._free.append(slot)
 
     def ready(self) -> tuple[np.ndarray, np.ndarray]:
         """Slots of the requests that can go on now: those that decode, those in their prefill."""
-        slots = np.flatnonzero(self.alive)
+        slots = np.flatnonzero(self.alive & ~self.restoring)
         slots = slots[np.argsort(self.arrival[slots])].astype(np.int32)
         total = self.known[slots] + self.pending[slots]
         goes_on = total < self.limit[slots]

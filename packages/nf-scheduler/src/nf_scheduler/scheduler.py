@@ -13,7 +13,8 @@ import numpy as np
 from nf_scheduler.batch import Batch
 from nf_scheduler.config import SchedulerConfig
 from nf_scheduler.integrity import find_fault
-from nf_scheduler.page_budget import PageBudget, PrefixMatch
+from nf_scheduler.page_budget import PageBudget
+from nf_scheduler.page_keeper import PageKeeper
 from nf_scheduler.request import FinishReason, Request, RequestState
 from nf_scheduler.result import IterationResult, TokenEvent
 from nf_scheduler.running_set import RunningSet
@@ -30,8 +31,12 @@ class Scheduler:
     finished, whatever later iterations in flight sample for it is dropped, and its pages and slot
     are freed once, when the last of them has been committed.
 
-    When pages run out, the request that arrived last gives up its own and is computed again later;
-    what it has generated stays. The oldest request always goes on. Not thread-safe.
+    A request whose prefix is in a lower tier gets its slot and pages and waits until the prefix is
+    restored; later ones start meanwhile. What does not come is computed.
+
+    When pages run out, the request that arrived last gives up its own and returns later; what it
+    has generated stays, and what is not kept of its KV is computed again. The oldest request always
+    goes on: its pages are never taken, and a restore ends. Not thread-safe.
 
     Args:
         pages: who owns the KV pages; used by this scheduler alone.
@@ -56,6 +61,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # all that are queued or have a slot
         self._queue: list[Sequence] = []  # by arrival
         self._running = RunningSet(config.max_num_seqs)
+        self._keeper = PageKeeper(pages, self._running, clock)
         self._in_flight: deque[Batch] = deque()
         self._events: list[TokenEvent] = []  # of aborts that took effect at once
         self._num_arrivals = 0
@@ -68,13 +74,18 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests without pages: waiting, waiting for a restore, or preempted."""
-        return len(self._queue)
+        """Requests that do not run now: queued, for the first time or again, or being restored."""
+        return len(self._queue) + self._running.num_restoring
+
+    @property
+    def num_restoring(self) -> int:
+        """Those of `num_waiting` that have pages and a slot, and wait for KV from a lower tier."""
+        return self._running.num_restoring
 
     @property
     def num_running(self) -> int:
-        """Requests with pages that have not finished."""
-        return len(self._running)
+        """Requests that take part in iterations."""
+        return self._running.num_running
 
     def state_of(self, request_id: str) -> RequestState:
         """Where a request stands.
@@ -122,9 +133,9 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """End a request early. Its last event has no token and reason ABORT.
 
-        That is at once for a request that no iteration in flight contains, and its event is
-        returned by `take_events` or the next `commit`; otherwise it is when its last iteration in
-        flight is committed.
+        That is at once for a request that no iteration in flight contains, such as one that waits
+        for a restore, and its event is returned by `take_events` or the next `commit`; otherwise it
+        is when its last iteration in flight is committed.
 
         Returns:
             False if there is no such request, or it has finished already.
@@ -132,17 +143,20 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.state is RequestState.FINISHED:
             return False
-        if sequence.state is RequestState.RUNNING:
+        now = self._clock()
+        if sequence.slot >= 0:
             slot = sequence.slot
+            sequence.end_restore(now)
             self._running.retire(slot)
             if self._running.in_flight[slot]:
                 sequence.aborted = True
                 return True
-            self._free(slot)
+            self._keeper.free(slot)
         else:
             del self._queue[bisect.bisect_left(self._queue, sequence.arrival, key=_by_arrival)]
-            del self._sequences[request_id]
-        self._events.append(sequence.final_event(self._clock(), None, FinishReason.ABORT))
+            self._keeper.forget(sequence)
+        del self._sequences[request_id]
+        self._events.append(sequence.final_event(now, None, FinishReason.ABORT))
         return True
 
     def take_events(self) -> list[TokenEvent]:
@@ -154,8 +168,13 @@ class Scheduler:
         """Choose the next iteration.
 
         Returns:
-            None if nothing can run before another `commit`, or before a restore has ended.
+            None if nothing can run before another `commit`, or before a restore has ended. With
+            iterations in flight, commit one. Without, and with `num_restoring` above 0, wait until
+            the owner of the pages has brought something up, such as with a timeout of a few
+            milliseconds, rather than call this again at once.
         """
+        if self._running.num_restoring:
+            self._keeper.end_restores()
         budget = self._config.max_num_batched_tokens
         decodes, prefills = self._running.ready()
         decodes, stalled = self._grow(decodes)
@@ -190,7 +209,7 @@ class Scheduler:
         running.in_flight[slots] -= 1
         running.completed[slots] += batch.query_start[1:] - batch.query_start[:-1]
         alive = running.alive[slots]
-        self._publish(slots[alive])
+        self._keeper.publish(slots[alive])
 
         now = self._clock()
         events = self.take_events()
@@ -206,7 +225,8 @@ class Scheduler:
             sequence = running.sequence(slot)
             if sequence.aborted:
                 events.append(sequence.final_event(now, None, FinishReason.ABORT))
-            self._free(slot)
+            self._keeper.free(slot)
+            del self._sequences[sequence.request_id]
         return events
 
     def check_integrity(self) -> None:
@@ -228,7 +248,7 @@ class Scheduler:
         Returns:
             Those of `decodes` that can run, and the slots that must not run in this iteration.
         """
-        running, pages = self._running, self._pages
+        running = self._running
         stalled: set[int] = set()
         needy = decodes[running.scheduled[decodes] >= running.capacity[decodes]]
         for slot in needy.tolist():
@@ -237,30 +257,21 @@ class Scheduler:
             if stalled:  # pages are out, and older ones come first
                 stalled.add(slot)
                 continue
-            request_id = running.sequence(slot).request.request_id
-            num_tokens = int(running.scheduled[slot]) + 1
-            while not pages.can_reserve(request_id, num_tokens):
+            while not self._keeper.grow(slot):
                 victim = running.latest_after(slot, idle=True)
                 if victim is None:
                     held = running.latest_after(slot)
                     stalled.update((slot,) if held is None else (slot, held))
                     break
                 self._preempt(victim)
-            else:
-                pages.reserve(request_id, num_tokens)
-                running.capacity[slot] += pages.page_size
         goes_on = running.alive[decodes]
         if stalled:
             goes_on &= ~np.isin(decodes, list(stalled))
         return decodes[goes_on], stalled
 
     def _preempt(self, slot: int) -> None:
-        """Take slot and pages from a running request and queue it again, in order of arrival."""
-        sequence = self._running.sequence(slot)
-        self._pages.release(sequence.request.request_id)
-        self._running.remove(slot)
-        sequence.state = RequestState.PREEMPTED
-        sequence.ledger.preemptions += 1
+        """Queue an idle request again, in order of arrival."""
+        sequence = self._keeper.preempt(slot)
         self.num_preemptions += 1
         bisect.insort(self._queue, sequence, key=_by_arrival)
 
@@ -268,40 +279,17 @@ class Scheduler:
         """Start queued requests, oldest first, until tokens, slots or pages are out.
 
         A request gets pages for all its known tokens at once, so that a prefill never stops for
-        want of one. Only requests that wait for a restore are overtaken.
+        want of one. Those that are being restored do not run yet, but each will want a token of the
+        budget beside all others.
         """
-        position = 0
-        while budget and position < len(self._queue) and self._running.has_free_slot:
-            sequence = self._queue[position]
-            match = self._match(sequence)
-            if match is not None and match.pending:
-                sequence.state = RequestState.WAITING_FOR_RESTORE
-                position += 1
-                continue
-            if sequence.state is RequestState.WAITING_FOR_RESTORE:
-                sequence.state = RequestState.WAITING
-            if not self._pages.can_reserve(sequence.request.request_id, sequence.num_tokens, match):
+        running = self._running
+        while budget > running.num_restoring and self._queue and running.has_free_slot:
+            slot = self._keeper.start(self._queue[0])
+            if slot is None:
                 return
-            del self._queue[position]
-            slot = self._start(sequence, match)
-            budget -= self._append_chunk(chunks, slot, budget)
-
-    def _match(self, sequence: Sequence) -> PrefixMatch | None:
-        """Find KV to reuse. The last token is always computed, because it is sampled from."""
-        if not sequence.request.reuse_prefix:
-            return None
-        return self._pages.match(sequence.tokens(0, sequence.num_tokens - 1))
-
-    def _start(self, sequence: Sequence, match: PrefixMatch | None) -> int:
-        """Reserve pages for a queued request and run it; return its slot."""
-        page_size = self._pages.page_size
-        cached_tokens = 0 if match is None else match.num_tokens
-        num_pages = -(-sequence.num_tokens // page_size)
-        self._pages.reserve(sequence.request.request_id, sequence.num_tokens, match)
-        if sequence.ledger.first_scheduled is None:  # else it was preempted
-            sequence.ledger.first_scheduled = self._clock()
-            sequence.ledger.cached_tokens = cached_tokens
-        return self._running.add(sequence, cached_tokens, num_pages * page_size)
+            del self._queue[0]
+            if not running.restoring[slot]:
+                budget -= self._append_chunk(chunks, slot, budget)
 
     def _append_chunk(self, chunks: list[tuple[int, int]], slot: int, budget: int) -> int:
         """Append (slot, tokens) for the next chunk of the prefill in `slot`; return its tokens."""
@@ -331,17 +319,6 @@ class Scheduler:
             )
         return batch
 
-    def _publish(self, slots: np.ndarray) -> None:
-        """Report to the page budget the pages that have become full."""
-        running, page_size = self._running, self._pages.page_size
-        full = running.completed[slots] // page_size * page_size
-        news = full > running.published[slots]
-        for slot, stop in zip(slots[news].tolist(), full[news].tolist(), strict=True):
-            sequence = running.sequence(slot)
-            tokens = sequence.tokens(int(running.published[slot]), stop)
-            self._pages.commit(sequence.request.request_id, tokens)
-            running.published[slot] = stop
-
     def _take_token(self, slot: int, token: int, now: float) -> TokenEvent:
         """Append a sampled token to the request in `slot`; retire the request if that ends it."""
         sequence = self._running.sequence(slot)
@@ -356,10 +333,3 @@ class Scheduler:
             self._running.retire(slot)
             return sequence.final_event(now, token, FinishReason.LENGTH)
         return TokenEvent(request.request_id, token)
-
-    def _free(self, slot: int) -> None:
-        """Give back slot and pages of a finished request and forget it."""
-        request_id = self._running.sequence(slot).request.request_id
-        self._pages.release(request_id)
-        self._running.remove(slot)
-        del self._sequences[request_id]

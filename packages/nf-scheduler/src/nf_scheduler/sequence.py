@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from nf_scheduler.ledger import Ledger
@@ -15,7 +17,16 @@ class Sequence:
     What changes with every token of a running request is not here but in `RunningSet`.
     """
 
-    __slots__ = ("aborted", "arrival", "ledger", "output", "request", "slot", "state")
+    __slots__ = (
+        "aborted",
+        "arrival",
+        "ledger",
+        "output",
+        "request",
+        "restore_began",
+        "slot",
+        "state",
+    )
 
     def __init__(self, request: Request, arrival: int, now: float) -> None:
         self.request = request
@@ -26,7 +37,13 @@ class Sequence:
             False  # while iterations in flight contain it; its last event is still to come
         )
         self.output: list[int] = []
+        self.restore_began: float | None = None  # while it waits for a restore
         self.ledger = Ledger(arrival=now, prompt_tokens=request.prompt_len)
+
+    @property
+    def request_id(self) -> str:
+        """The name of the request, which is also that of its pages."""
+        return self.request.request_id
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +61,20 @@ class Sequence:
         return np.concatenate(
             (self.request.prompt_token_ids[start:], np.array(output, dtype=np.int32))
         )
+
+    def end_restore(self, now: float) -> None:
+        """Add the restore that it waits for to the account, if it waits for one."""
+        if self.restore_began is not None:
+            self.ledger.restore_seconds += now - self.restore_began
+            self.restore_began = None
+
+    def count_reuse(self, num_tokens: int, tokens_by_tier: Mapping[str, int]) -> None:
+        """Add KV that need not be computed to the account."""
+        if self.ledger.prefill_chunks:  # some of it was computed before: it was preempted
+            self.ledger.restored_tokens += num_tokens
+        else:
+            self.ledger.cached_tokens = num_tokens
+            self.ledger.cached_tokens_by_tier = dict(tokens_by_tier)
 
     def final_event(
         self, now: float, token_id: int | None, reason: FinishReason, stop_token: int | None = None
