@@ -22,6 +22,8 @@ import httpx
 import pytest
 import uvicorn
 
+from nf_kvcache.disk import DiskStats
+from nf_kvcache.stats import LowerTierStats
 from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError, SamplingParams
 from nf_server.app import create_app
 from nf_server.service import InferenceService
@@ -32,6 +34,43 @@ DEMO_MODEL = ROOT / "models" / "nanoflow-demo"
 
 Step = list[ChoiceDelta] | Exception | float
 
+LOWER_TIERS = LowerTierStats(
+    host_pages_total=9,
+    host_pages_used=2,
+    host_pages_cached=3,
+    host_pages_free=4,
+    host_evictions=5,
+    host_placement="anywhere",
+    downloaded_bytes=6,
+    download_seconds=0.25,
+    uploaded_bytes=7,
+    upload_seconds=0.5,
+    skipped_pages=8,
+    restores_under_way=1,
+    restores_cut=2,
+    disk=DiskStats(
+        io="threads",
+        is_direct=True,
+        is_degraded=True,
+        slots_total=30,
+        pages_stored=20,
+        pages_queued=3,
+        pages_found=0,
+        pages_written=21,
+        pages_read=4,
+        bytes_written=2100,
+        bytes_read=400,
+        write_seconds=0.75,
+        read_seconds=0.125,
+        commits=1,
+        evictions=11,
+        pages_damaged=12,
+        writes_dropped={"queue full": 13},
+        writes_failed=14,
+        errors={"ENOSPC": 15},
+    ),
+)
+
 
 class ScriptedStream:
     """Plays a list of steps: deltas, seconds to wait, or an exception to raise."""
@@ -41,7 +80,10 @@ class ScriptedStream:
         self.prompt_token_ids = prompt
         self.prompt_logprobs = None
         self.usage = SimpleNamespace(
-            prompt_tokens=len(prompt), completion_tokens=0, cached_tokens=0
+            prompt_tokens=len(prompt),
+            completion_tokens=0,
+            cached_tokens=0,
+            cached_tokens_by_tier={},
         )
         self.ledger = [SimpleNamespace(arrival=1.0, first_scheduled=1.25, preemptions=2)]
         self.closed = False
@@ -115,10 +157,12 @@ class ScriptedEngine:
             preemptions=4,
             prefix_queried_tokens=32,
             prefix_hit_tokens=16,
+            prefix_hit_tokens_by_tier={"device": 11, "host": 5},
             iterations=10,
             iteration_tokens=100,
             busy_seconds=1.5,
             last_step_time=1000.0,
+            lower_tiers=LOWER_TIERS,
         )
 
     @property
@@ -126,7 +170,12 @@ class ScriptedEngine:
         return self.dead_reason is None
 
     def submit(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        cache_salt: str = "",
     ) -> ScriptedStream:
         if self.dead_reason is not None:
             raise EngineDeadError(self.dead_reason)

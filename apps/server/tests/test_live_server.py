@@ -78,7 +78,9 @@ def test_completion_shape(live: Any) -> None:
     usage = body["usage"]
     assert usage["completion_tokens"] == 16
     assert usage["total_tokens"] == usage["prompt_tokens"] + 16
-    assert set(usage["prompt_tokens_details"]) == {"cached_tokens"}
+    details = usage["prompt_tokens_details"]
+    assert set(details) == {"cached_tokens", "nanoflow_cached_tokens_by_tier"}
+    assert set(details["nanoflow_cached_tokens_by_tier"]) == {"device", "host", "disk"}
 
 
 def test_chat_shape_and_default_length(live: Any) -> None:

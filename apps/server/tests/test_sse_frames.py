@@ -19,7 +19,10 @@ USAGE = {
     "prompt_tokens": 3,
     "completion_tokens": 2,
     "total_tokens": 5,
-    "prompt_tokens_details": {"cached_tokens": 0},
+    "prompt_tokens_details": {
+        "cached_tokens": 0,
+        "nanoflow_cached_tokens_by_tier": {"device": 0, "host": 0, "disk": 0},
+    },
 }
 SHAPE = CompletionShape(num_choices=1, echo=None, logprobs=False, decode=chr)
 

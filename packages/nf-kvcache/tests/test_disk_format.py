@@ -26,9 +26,9 @@ from nf_kvcache.fingerprint import Fingerprint
 def test_the_format_is_that_of_the_specification() -> None:
     # Values of docs/kv-disk-format.md: whoever changes them changes FORMAT_VERSION.
     assert FINGERPRINT.digest == (
-        "2d1229a4a2bf7b31e89dd88078581bf537f9dde791594d69d9c97bbf9d5d170d"
+        "6928c1d27be928d8292df7668faf3b1852aff5e2ecbecbe061bfdf33072d9f4c"
     )
-    assert subdirectory(FINGERPRINT, 1, 2) == "280edabd13923959/replica-1-rank-2"
+    assert subdirectory(FINGERPRINT, 1, 2) == "bf8b2649b4c89a6a/replica-1-rank-2"
     tokens = bytes(range(16))
     identity = child_identity(root_identity(b"salt"), tokens)
     assert identity == 6960403929734198624

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from nf_kvcache.tier import Tier
 from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError, RequestStream
 from nf_server.errors import ApiError, engine_unavailable, server_stopping
 from nf_server.metrics import ServerMetrics
@@ -96,12 +97,18 @@ class Generation:
         """OpenAI's usage object, as far as the generation has come."""
         prompt = self.record.prompt_tokens
         completion = sum(stream.usage.completion_tokens for stream in self.streams)
-        cached = sum(stream.usage.cached_tokens for stream in self.streams)
+        by_tier = [stream.usage.cached_tokens_by_tier for stream in self.streams]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {
+                "cached_tokens": sum(stream.usage.cached_tokens for stream in self.streams),
+                "nanoflow_cached_tokens_by_tier": {
+                    tier.label: sum(tokens.get(tier.label, 0) for tokens in by_tier)
+                    for tier in Tier
+                },
+            },
         }
 
     def stop(self) -> None:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from nf_runtime import AsyncEngine
 from nf_server import __version__
+from nf_server.kv_metrics import kv_metrics
 from nf_server.request_log import Outcome, RequestRecord
 
 _LATENCY_BUCKETS = (
@@ -143,24 +144,7 @@ class _EngineCollector(Collector):
             "Sequences that wait for their first iteration, or for pages after a preemption.",
             value=stats.num_waiting,
         )
-        pages = GaugeMetricFamily(
-            "nanoflow_kv_pages",
-            "Pages of the KV cache: used by sequences, cached for reuse, or free.",
-            labels=["tier", "state"],
-        )
-        free = stats.kv_pages_total - stats.kv_pages_used - stats.kv_pages_cached
-        pages.add_metric(["device", "used"], stats.kv_pages_used)
-        pages.add_metric(["device", "cached"], stats.kv_pages_cached)
-        pages.add_metric(["device", "free"], free)
-        yield pages
-        prefix = CounterMetricFamily(
-            "nanoflow_prefix_tokens",
-            "Prompt tokens looked up in the prefix cache, by result.",
-            labels=["result"],
-        )
-        prefix.add_metric(["hit_device"], stats.prefix_hit_tokens)
-        prefix.add_metric(["miss"], stats.prefix_queried_tokens - stats.prefix_hit_tokens)
-        yield prefix
+        yield from kv_metrics(stats)
         yield CounterMetricFamily(
             "nanoflow_preemptions",
             "Times that a sequence lost its pages to an older one.",

@@ -113,8 +113,15 @@ class InferenceService:
         self,
         prompts: Sequence[tuple[list[int], SamplingParams]],
         record: RequestRecord,
+        *,
+        cache_salt: str | None,
     ) -> Generation:
         """Hand prompts to the engine: all of them or none.
+
+        Args:
+            prompts: Token ids, and how to go on.
+            record: The account of the request.
+            cache_salt: Only requests with the same one share KV.
 
         Raises:
             ApiError: 400 when the engine refuses one; 503 when it has died or the server stops.
@@ -125,7 +132,11 @@ class InferenceService:
         try:
             for number, (token_ids, params) in enumerate(prompts):
                 request_id = f"{record.completion_id}-{number}"
-                streams.append(self.engine.submit(token_ids, params, request_id=request_id))
+                streams.append(
+                    self.engine.submit(
+                        token_ids, params, request_id=request_id, cache_salt=cache_salt or ""
+                    )
+                )
         except InvalidRequestError as error:
             self._withdraw(streams)
             raise from_invalid_request(error) from None

@@ -16,17 +16,27 @@ from nf_kvcache.stats import KVCacheStats
 if TYPE_CHECKING:
     from nf_kvcache.kv_cache import KVCache
     from nf_kvcache.layout import KVLayout
+    from nf_kvcache.offload import IterationOffload
     from nf_kvcache.prefix_match import PrefixMatch
 
 __version__ = "0.1.0"
 
 _LATE = {
+    "IterationOffload": "nf_kvcache.offload",
     "KVCache": "nf_kvcache.kv_cache",
     "KVLayout": "nf_kvcache.layout",
     "PrefixMatch": "nf_kvcache.prefix_match",
 }
 
-__all__ = ["KVCache", "KVCacheStats", "KVLayout", "OutOfPages", "PrefixMatch", "__version__"]
+__all__ = [
+    "IterationOffload",
+    "KVCache",
+    "KVCacheStats",
+    "KVLayout",
+    "OutOfPages",
+    "PrefixMatch",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -20,6 +20,7 @@ class Fingerprint:
         num_kv_heads: heads of K, and of V, on this rank.
         head_dim: numbers per head.
         rope: digest or description of the rotary embedding that K has been through.
+        numerics: what else decides the last bits of the KV, such as the kernels that computed it.
         parallelism: how the model is divided, such as "tp1".
         layout: axes of a page, outermost first.
 
@@ -34,6 +35,7 @@ class Fingerprint:
     num_kv_heads: int
     head_dim: int
     rope: str
+    numerics: str = "any"
     parallelism: str = "tp1"
     layout: str = "layer,kv,head,token,dim"
 

@@ -241,6 +241,19 @@ class KVCache:
             return None
         return self._end_restore(seq, entry)
 
+    def poll(self) -> bool:
+        """Let what is on its way between the tiers go on.
+
+        Other methods do so as well; an owner that has nothing else to call goes on calling this.
+
+        Returns:
+            Whether something is under way still.
+        """
+        if self._lower is None:
+            return False
+        self._lower.poll()
+        return not self._lower.is_idle
+
     def wait(self, timeout: float) -> None:
         """Wait until some restore has come further, `timeout` seconds at most."""
         if self._lower is not None:

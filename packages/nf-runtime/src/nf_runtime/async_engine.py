@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -47,11 +48,13 @@ class Usage:
         prompt_tokens: Of the prompt.
         completion_tokens: Of all answers so far.
         cached_tokens: Of the prompt, found in the KV cache; known at the end.
+        cached_tokens_by_tier: The same by where they were: `device`, `host`, `disk`.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cached_tokens_by_tier: Mapping[str, int]
 
 
 class RequestStream:
@@ -91,6 +94,7 @@ class RequestStream:
             prompt_tokens=len(self.prompt_token_ids),
             completion_tokens=sum(choice.num_tokens for choice in self._choices),
             cached_tokens=ledger.cached_tokens if ledger else 0,
+            cached_tokens_by_tier=ledger.cached_tokens_by_tier if ledger else {},
         )
 
     @property
@@ -255,6 +259,8 @@ class AsyncEngine:
         prompt_token_ids: list[int],
         params: SamplingParams,
         request_id: str | None = None,
+        *,
+        cache_salt: str = "",
     ) -> RequestStream:
         """Send a request to the engine.
 
@@ -262,6 +268,7 @@ class AsyncEngine:
             prompt_token_ids: At least one.
             params: How its tokens are chosen.
             request_id: Unique among live requests; made up when None.
+            cache_salt: Only requests with the same one share KV.
 
         Raises:
             InvalidRequestError: The model cannot run it, or its id is in use.
@@ -286,7 +293,7 @@ class AsyncEngine:
         self._choice_names[request_id] = names
         for name, choice, seed in zip(names, choices, seeds, strict=True):
             self._live[name] = (stream, choice)
-            request = EngineRequest(name, prompt_token_ids, params, seed)
+            request = EngineRequest(name, prompt_token_ids, params, seed, cache_salt)
             self._send({"add": request_to_json(request)})
         return stream
 

@@ -10,7 +10,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_OPTIONAL = ("max_model_len", "max_prefill_chunk", "kv_cache_tokens")
+_OPTIONAL = (
+    *("max_model_len", "max_prefill_chunk", "kv_cache_tokens"),
+    *("kv_host_bytes", "kv_ssd_max_bytes"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,11 @@ class EngineConfig:
         max_prefill_chunk: New tokens of one request in one iteration; None takes
             `max_num_batched_tokens`.
         kv_cache_tokens: Token slots of the KV cache; None takes a share of the memory there is.
+        kv_host_bytes: Bound of the host tier, which keeps KV that the device has no room for; None
+            is no host tier, or one of 1 GiB where there is an SSD tier, whose pages go through it.
+        kv_ssd_dir: Directory of the SSD tier, which keeps KV beyond the end of the process; None is
+            no SSD tier.
+        kv_ssd_max_bytes: Bound of the SSD tier; None takes half of what is free, at most 64 GiB.
         page_size: Token slots of a page.
         enable_prefix_caching: Reuse the KV of prompts that begin alike.
         native_kernels: False runs every operation in plain torch.
@@ -49,6 +57,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_prefill_chunk: int | None = None
     kv_cache_tokens: int | None = None
+    kv_host_bytes: int | None = None
+    kv_ssd_dir: str | None = None
+    kv_ssd_max_bytes: int | None = None
     page_size: int = 16
     enable_prefix_caching: bool = True
     native_kernels: bool = True
@@ -77,6 +88,8 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_prefill_chunk",
             "kv_cache_tokens",
+            "kv_host_bytes",
+            "kv_ssd_max_bytes",
             "page_size",
         ):
             value = getattr(self, name)
@@ -84,6 +97,21 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise NanoFlowError(f"{name} is {value!r}; expected a positive integer")
+        if self.kv_ssd_dir is None and self.kv_ssd_max_bytes is not None:
+            raise NanoFlowError(
+                f"kv_ssd_max_bytes is {self.kv_ssd_max_bytes}, but there is no SSD tier to bound; "
+                "set kv_ssd_dir as well"
+            )
+        if self.has_lower_tiers and not self.enable_prefix_caching:
+            raise NanoFlowError(
+                "enable_prefix_caching is False, but the host and SSD tiers keep prefixes; leave "
+                "out kv_host_bytes and kv_ssd_dir, or enable prefix caching"
+            )
+
+    @property
+    def has_lower_tiers(self) -> bool:
+        """Whether KV is kept outside the device."""
+        return self.kv_host_bytes is not None or self.kv_ssd_dir is not None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""

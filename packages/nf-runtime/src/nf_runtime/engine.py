@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from nf_kernels import ops
-from nf_kvcache import KVCache, KVLayout
 from nf_runtime.checkpoint import Checkpoint
 from nf_runtime.config import EngineConfig
 from nf_runtime.device import kv_cache_bytes, pick_device, pick_dtype
@@ -17,6 +16,7 @@ from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, Toke
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.executor import Executor
 from nf_runtime.graph import LayerGraph
+from nf_runtime.kv_tiers import make_kv_cache
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.model_source import find_model
@@ -28,6 +28,9 @@ from nf_runtime.weights import load_weights, make_weights, pack_weights
 from nf_scheduler import Batch, IterationResult, Request, Scheduler, SchedulerConfig, TokenEvent
 
 _log = logging.getLogger(__name__)
+
+
+_RESTORE_WAIT_SECONDS = 0.01  # so long a new request may wait, if all others wait for their KV
 
 
 @dataclass(slots=True)
@@ -68,20 +71,20 @@ class Engine:
         operations = ops.load(device, native=config.native_kernels)
         if config.deterministic:
             _require_invariance(graph, operations)
+        weights_digest = weights.digest() if config.kv_ssd_dir is not None else ""
         pack_weights(weights, graph, operations)
         phases["weights"] = clock() - started
 
         started = clock()
         max_model_len, num_pages = _plan_cache(config, model, dtype, device)
-        layout = KVLayout(
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            page_size=config.page_size,
+        self.kv_cache = make_kv_cache(
+            config,
+            model,
+            num_pages,
             dtype=dtype,
-        )
-        self.kv_cache = KVCache(
-            layout, num_pages, device=device, prefix_caching=config.enable_prefix_caching
+            device=device,
+            weights_digest=weights_digest,
+            numerics=operations.name + (" deterministic" if config.deterministic else ""),
         )
         self.scheduler = Scheduler(
             self.kv_cache,
@@ -150,10 +153,12 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             prefix_queried_tokens=cache.queried_tokens,
             prefix_hit_tokens=cache.hit_tokens,
+            prefix_hit_tokens_by_tier=cache.hit_tokens_by_tier,
             iterations=self._iterations,
             iteration_tokens=self._iteration_tokens,
             busy_seconds=self._busy_seconds,
             last_step_time=self._last_step_time,
+            lower_tiers=cache.lower,
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -179,6 +184,7 @@ class Engine:
                 min_tokens=params.min_tokens,
                 stop_token_ids=stop_ids,
                 reuse_prefix=not wants_prompt_logprobs,
+                cache_salt=request.cache_salt,
             )
         )
         self.executor.sampler.add(
@@ -193,18 +199,28 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Run one iteration and give its tokens.
 
-        When it fails or is interrupted, its requests end (`abort`), told by the next `step`.
+        When it fails or is interrupted, its requests end (`abort`), told by the next `step`. When
+        all requests wait for KV from a lower tier, it waits a moment for that, and gives nothing.
         """
         started = self._clock()
+        self.kv_cache.poll()
         untold, self._untold = self._untold, []
         batch = None if untold else self.scheduler.schedule()
         if batch is None:
             untold += self.scheduler.take_events()
+            if not untold and self.scheduler.num_restoring:
+                self.kv_cache.wait(_RESTORE_WAIT_SECONDS)
             return [self._output(event, None) for event in untold]
+        offload = self.kv_cache.begin_iteration(
+            batch.request_ids, batch.context_lens, np.diff(batch.query_start)
+        )
         try:
-            self.executor.launch(batch, self.kv_cache.page_tables(batch.request_ids))
+            page_tables = self.kv_cache.page_tables(batch.request_ids)
+            self.executor.launch(batch, page_tables, offload)
             output = self.executor.poll()
         except BaseException:  # an interrupt as well
+            if offload is not None:
+                offload.abandon()
             self._drop(batch)
             raise
         for request_id, (start, rows) in output.prompt_logprobs.items():
@@ -216,6 +232,18 @@ class Engine:
         self._busy_seconds += self._clock() - started
         self._last_step_time = time.time()
         return [self._output(event, output.logprobs.get(event.request_id)) for event in events]
+
+    def settle(self) -> bool:
+        """Let KV go on to the lower tiers while there is nothing to `step`.
+
+        Returns:
+            Whether some is still on its way.
+        """
+        return self.kv_cache.poll()
+
+    def close(self) -> None:
+        """Bring what KV is on its way to where it is kept, and end. The engine cannot go on."""
+        self.kv_cache.close()
 
     def _output(self, event: TokenEvent, logprobs: RowLogprobs | None) -> TokenOutput:
         live = self._live[event.request_id]

@@ -4,6 +4,7 @@ FD is one end of a socket pair. The process ends when the other end closes, so i
 its parent, however that died.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -22,6 +23,8 @@ from nf_runtime.config import EngineConfig
 from nf_runtime.engine_types import EngineStats, TokenOutput
 from nf_runtime.errors import NanoFlowError
 from nf_runtime.messages import HEADER, output_to_json, pack, request_from_json, stats_to_json
+
+_SETTLE_SECONDS = 0.02  # how often KV that is on its way is looked after between requests
 
 
 class EngineProcess:
@@ -64,16 +67,26 @@ class EngineProcess:
         self._outgoing.put({"ready": info})
         while True:
             while not engine.has_work or not self._commands.empty():
-                command = self._commands.get()
+                command = self._next_command(engine)
                 if "add" in command:
                     self._add(engine, command["add"])
                 elif "abort" in command:
                     engine.abort(command["abort"])
                 else:
+                    engine.close()
                     self._finish()
                     return 0
             outputs = engine.step()
             self._outgoing.put(_Iteration(outputs, engine.stats))
+
+    def _next_command(self, engine: Any) -> dict[str, Any]:
+        """Wait for a command; while there is nothing to do, KV goes on to the lower tiers."""
+        if not engine.has_work:
+            while engine.settle():
+                with contextlib.suppress(queue.Empty):
+                    return self._commands.get(timeout=_SETTLE_SECONDS)
+                self._outgoing.put(_Iteration([], engine.stats))
+        return self._commands.get()
 
     def _add(self, engine: Any, value: dict[str, Any]) -> None:
         try:

@@ -1,7 +1,9 @@
 """What goes into an engine and what comes out of it. Torch-free."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from nf_kvcache.stats import LowerTierStats
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.sampling_params import SamplingParams
 from nf_scheduler import FinishReason, Ledger
@@ -42,17 +44,19 @@ class EngineStats:
 
     Attributes:
         num_running: Requests with pages.
-        num_waiting: Requests without.
+        num_waiting: Requests without, and those whose KV is on its way up from a lower tier.
         kv_pages_total: Pages of the KV cache.
         kv_pages_used: Pages that requests refer to.
         kv_pages_cached: Unused pages that a later prompt may find.
         preemptions: Counter of requests that gave up their pages.
         prefix_queried_tokens: Counter of prompt tokens looked up.
         prefix_hit_tokens: Counter of prompt tokens found.
+        prefix_hit_tokens_by_tier: The same by where they were found.
         iterations: Counter.
         iteration_tokens: Counter of tokens computed.
         busy_seconds: Counter of time spent in iterations.
         last_step_time: Unix time of the last iteration; 0 before the first.
+        lower_tiers: Of the tiers of the KV cache below the device; None if there are none.
     """
 
     num_running: int = 0
@@ -63,10 +67,12 @@ class EngineStats:
     preemptions: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    prefix_hit_tokens_by_tier: Mapping[str, int] = field(default_factory=dict)
     iterations: int = 0
     iteration_tokens: int = 0
     busy_seconds: float = 0.0
     last_step_time: float = 0.0
+    lower_tiers: LowerTierStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +84,14 @@ class EngineRequest:
         prompt_token_ids: At least one.
         params: How its tokens are chosen; `n` is not looked at.
         seed: In [0, 2**64).
+        cache_salt: Only requests with the same one share KV.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    cache_salt: str = ""
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nf_kernels.ops import OperationSet
+from nf_kvcache import IterationOffload
 from nf_runtime.graph import BatchInput, Edge, ElementType, LayerGraph, Operation, Rows
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.sampler import Sampler
@@ -42,6 +43,7 @@ class IterationOutput:
 class _BoundOperation:
     """An operation with its weights, constants and caches filled in; `signature` says the rest."""
 
+    kind: str
     function: Callable[..., None]
     fixed: dict[str, Any]
     signature: int
@@ -129,12 +131,15 @@ class Executor:
         self._launched: IterationOutput | None = None
 
     @torch.inference_mode()
-    def launch(self, batch: Batch, page_tables: np.ndarray) -> None:
+    def launch(
+        self, batch: Batch, page_tables: np.ndarray, offload: IterationOffload | None = None
+    ) -> None:
         """Run one iteration.
 
         Args:
             batch: What to run.
             page_tables: int32 [requests, pages], pages of each request in order.
+            offload: Told when K and V of a layer are about to be written, and when they were.
         """
         rows = self.sampler.prompt_rows(batch)
         staged = stage(
@@ -147,7 +152,7 @@ class Executor:
         for layer, operations in enumerate(self._layers):
             for hook in self.before_layer:
                 hook(layer, edges)
-            self._run(operations, arguments, staged)
+            self._run_layer(layer, operations, arguments, staged, offload)
             for hook in self.after_layer:
                 hook(layer, edges)
         self._run(self._epilogue, arguments, staged)
@@ -196,6 +201,25 @@ class Executor:
             if staged.num_rows(operation.rows):
                 operation.function(**operation.fixed, **arguments[operation.signature])
 
+    def _run_layer(
+        self,
+        layer: int,
+        operations: list[_BoundOperation],
+        arguments: list[dict[str, Tensor]],
+        staged: StagedBatch,
+        offload: IterationOffload | None,
+    ) -> None:
+        """Run a layer; its new K and V go down as soon as they are there, beside what follows."""
+        if offload is None:
+            self._run(operations, arguments, staged)
+            return
+        for operation in operations:
+            if operation.kind == "rope_append":
+                offload.before_append(layer)
+            self._run([operation], arguments, staged)
+            if operation.kind == "rope_append":
+                offload.after_append(layer)
+
     def _bind(
         self,
         operations: tuple[Operation, ...],
@@ -215,7 +239,9 @@ class Executor:
                 fixed["scratch"] = self._scratch
             function = self._operations[operation.kind]
             bound.append(
-                _BoundOperation(function, fixed, self._signature(operation), operation.rows)
+                _BoundOperation(
+                    operation.kind, function, fixed, self._signature(operation), operation.rows
+                )
             )
         return bound
 

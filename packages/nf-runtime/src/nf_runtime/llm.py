@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -21,7 +22,10 @@ from nf_runtime.tokenizer import Tokenizer
 from nf_runtime.validation import validate_request
 
 Prompt = str | Mapping[str, Any]
-"""A text, or `{"prompt_token_ids": [...]}`, or `{"prompt": text}`."""
+"""A text, or `{"prompt_token_ids": [...]}`, or `{"prompt": text}`.
+
+The mappings may have a `cache_salt`: prompts share KV only with prompts of the same salt.
+"""
 
 Message = Mapping[str, Any]
 """A chat message with `role` and `content`."""
@@ -47,6 +51,8 @@ class LLM:
             None if skip_tokenizer_init else Tokenizer(find_model(config.tokenizer or config.model))
         )
         self._engine: Engine | None = Engine(config)
+        # At the latest when the program ends: KV that was computed is brought to where it is kept.
+        self._close_engine = weakref.finalize(self, self._engine.close)
         self._seed = config.seed
         self._numbers = itertools.count()
 
@@ -128,7 +134,8 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def shutdown(self) -> None:
-        """Free the model. Calling it twice does no harm."""
+        """Keep what KV is to be kept, and free the model. Calling it twice does no harm."""
+        self._close_engine()
         self._engine = None
 
     def __enter__(self) -> Self:
@@ -164,7 +171,12 @@ class LLM:
                 f"prompt_token_ids is {ids!r:.200}; expected a list of integers", param="prompt"
             ) from error
         validate_request(ids, params, self.engine.info)
-        return _Work(str(next(self._numbers)), text, ids, params, self.tokenizer)
+        salt = fields.get("cache_salt", "")
+        if not isinstance(salt, str):
+            raise InvalidRequestError(
+                f"cache_salt is {salt!r:.200}; expected a string", param="cache_salt"
+            )
+        return _Work(str(next(self._numbers)), text, ids, salt, params, self.tokenizer)
 
     def _run(self, work: list["_Work"], use_tqdm: bool) -> list[RequestOutput]:
         engine = self.engine
@@ -181,7 +193,13 @@ class LLM:
                         name = f"{item.output.request_id}.{choice.index}"
                         waiting[name] = (item, choice)
                         engine.add(
-                            EngineRequest(name, item.output.prompt_token_ids, item.params, seed)
+                            EngineRequest(
+                                name,
+                                item.output.prompt_token_ids,
+                                item.params,
+                                seed,
+                                item.cache_salt,
+                            )
                         )
                 while engine.has_work:
                     raise_interrupt()
@@ -222,10 +240,12 @@ class _Work:
         request_id: str,
         prompt: str | None,
         prompt_token_ids: list[int],
+        cache_salt: str,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
     ) -> None:
         self.number = int(request_id)
+        self.cache_salt = cache_salt
         self.params = params
         self.choices = [Choice(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
         self.output = RequestOutput(

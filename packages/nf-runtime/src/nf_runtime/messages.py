@@ -8,9 +8,11 @@ cannot run, and `failed` when it has to end.
 
 import json
 import struct
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, fields
 from typing import Any
 
+from nf_kvcache.disk import DiskStats
+from nf_kvcache.stats import LowerTierStats
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.sampling_params import SamplingParams
@@ -32,6 +34,7 @@ def request_to_json(request: EngineRequest) -> dict[str, Any]:
         "prompt_token_ids": request.prompt_token_ids,
         "params": asdict(request.params),
         "seed": request.seed,
+        "cache_salt": request.cache_salt,
     }
 
 
@@ -40,9 +43,7 @@ def request_from_json(value: dict[str, Any]) -> EngineRequest:
     params = value["params"]
     if params["logit_bias"] is not None:  # JSON turns the token ids into strings
         params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
-    return EngineRequest(
-        value["request_id"], value["prompt_token_ids"], SamplingParams(**params), value["seed"]
-    )
+    return EngineRequest(**(value | {"params": SamplingParams(**params)}))
 
 
 def output_to_json(output: TokenOutput) -> list[Any]:
@@ -80,10 +81,15 @@ def info_from_json(value: dict[str, Any]) -> EngineInfo:
 
 
 def stats_to_json(stats: EngineStats) -> list[Any]:
-    """The fields in order."""
-    return list(astuple(stats))
+    """The fields in order; what is known of lower tiers by name."""
+    values = [getattr(stats, field.name) for field in fields(stats)[:-1]]
+    return [*values, stats.lower_tiers and asdict(stats.lower_tiers)]
 
 
 def stats_from_json(value: list[Any]) -> EngineStats:
     """The stats that `stats_to_json` was given."""
-    return EngineStats(*value)
+    *_, lower = value
+    if lower is not None:
+        disk = lower["disk"]
+        lower = LowerTierStats(**(lower | {"disk": disk and DiskStats(**disk)}))
+    return EngineStats(*value[:-1], lower_tiers=lower)

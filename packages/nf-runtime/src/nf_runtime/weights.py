@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nf_kernels.ops import OperationSet
+from nf_kvcache.weights_digest import weights_digest
 from nf_runtime.checkpoint import Checkpoint
 from nf_runtime.graph import LayerGraph, Operation
 from nf_runtime.model_config import ModelConfig
@@ -39,6 +40,13 @@ class ModelWeights:
     def num_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(t.nbytes for group in (self.model, *self.layers) for t in group.values())
+
+    def digest(self) -> str:
+        """What tells these weights from others; of packed ones it is another."""
+        groups = [("model", self.model), *((str(i), group) for i, group in enumerate(self.layers))]
+        return weights_digest(
+            (f"{prefix}.{name}", group[name]) for prefix, group in groups for name in sorted(group)
+        )
 
 
 def load_weights(

@@ -88,6 +88,7 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    cache_salt: str | None = None
 
     @property
     def num_choices(self) -> int:

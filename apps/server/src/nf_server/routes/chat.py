@@ -50,7 +50,7 @@ async def create_chat_completion(request: Request) -> Response:
             logprobs=top_logprobs,
             prompt_logprobs=body.prompt_logprobs,
         )
-        generation = service.admit([(tokens, params)], record)
+        generation = service.admit([(tokens, params)], record, cache_salt=body.cache_salt)
     if body.stream:
         renderer = ChatStream(
             AnswerHead(record.completion_id, "chat.completion.chunk", model),

@@ -44,7 +44,9 @@ async def create_completion(request: Request) -> Response:
         prompts = parse_prompts(body.prompt, body.num_choices)
         tokens = await _tokens(service, body, prompts)
         shape = _shape(service, body, prompts, tokens)
-        generation = service.admit([(t, _params(service, body, t)) for t in tokens], record)
+        generation = service.admit(
+            [(t, _params(service, body, t)) for t in tokens], record, cache_salt=body.cache_salt
+        )
     if body.stream:
         renderer = CompletionStream(
             head,
