@@ -51,6 +51,26 @@ Tokenizer = Annotated[
 KvCacheTokens = Annotated[
     int | None, typer.Option(help="Size of the KV cache in tokens.", show_default="from memory")
 ]
+KvHostBytes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory for KV that the device has no room for.",
+        show_default="no host tier; 1GiB with --kv-ssd-dir",
+    ),
+]
+KvSsdDir = Annotated[
+    str | None,
+    typer.Option(help="Directory for KV that outlives the process.", show_default="no SSD tier"),
+]
+KvSsdMaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most bytes in --kv-ssd-dir for this model.",
+        show_default="half of what is free, at most 64GiB",
+    ),
+]
 NativeKernels = Annotated[bool, typer.Option(help="Use the compiled kernels where there are some.")]
 Deterministic = Annotated[
     bool,
@@ -90,6 +110,9 @@ def serve(
         int | None, typer.Option(help="Most tokens in one batch.", show_default="engine's")
     ] = None,
     kv_cache_tokens: KvCacheTokens = None,
+    kv_host_bytes: KvHostBytes = None,
+    kv_ssd_dir: KvSsdDir = None,
+    kv_ssd_max_bytes: KvSsdMaxBytes = None,
     load_format: LoadFormat = "auto",
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
@@ -118,6 +141,9 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_tokens=kv_cache_tokens,
+        kv_host_bytes=kv_host_bytes,
+        kv_ssd_dir=kv_ssd_dir,
+        kv_ssd_max_bytes=kv_ssd_max_bytes,
         load_format=load_format,
         seed=seed,
         enable_prefix_caching=enable_prefix_caching,

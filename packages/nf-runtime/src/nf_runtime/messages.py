@@ -8,7 +8,7 @@ cannot run, and `failed` when it has to end.
 
 import json
 import struct
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple, fields, replace
 from typing import Any
 
 from nf_kvcache.disk import DiskStats
@@ -88,8 +88,9 @@ def stats_to_json(stats: EngineStats) -> list[Any]:
 
 def stats_from_json(value: list[Any]) -> EngineStats:
     """The stats that `stats_to_json` was given."""
-    *_, lower = value
-    if lower is not None:
-        disk = lower["disk"]
-        lower = LowerTierStats(**(lower | {"disk": disk and DiskStats(**disk)}))
-    return EngineStats(*value[:-1], lower_tiers=lower)
+    stats = EngineStats(*value)
+    if stats.lower_tiers is None:
+        return stats
+    lower: dict[str, Any] = value[-1]
+    disk = lower["disk"] and DiskStats(**lower["disk"])
+    return replace(stats, lower_tiers=LowerTierStats(**(lower | {"disk": disk})))
