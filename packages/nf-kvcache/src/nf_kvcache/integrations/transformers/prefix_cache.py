@@ -109,10 +109,10 @@ class PrefixCache(DynamicCache):
                 f"PrefixStore was called for {self._num_tokens}; expected that model itself to "
                 "compute them, while its store is open."
             )
-        if key_states.dtype != self.store.dtype:
+        if {key_states.dtype, value_states.dtype} != {self.store.dtype}:
             raise ValueError(
-                f"Layer {layer_idx} got K in {key_states.dtype}; expected {self.store.dtype}, as "
-                "when the PrefixStore was made. Is autocast on in one of both?"
+                f"Layer {layer_idx} got K in {key_states.dtype} and V in {value_states.dtype}; "
+                f"expected {self.store.dtype}, as when the PrefixStore was made. Is autocast on?"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
