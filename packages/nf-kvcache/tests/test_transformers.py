@@ -46,7 +46,7 @@ def test_the_second_call_computes_the_rest_alone(family: str) -> None:
     model, prompt = make_model(family), make_prompt(50)
     expected = generate(model, prompt)
     assert len(set(expected[0, 50:].tolist())) > 5  # a mistake would show
-    with PrefixStore(model) as store:
+    with PrefixStore(model, **SMALL) as store:
         for hits, computed in (({}, 50), ({"device": 48}, 2)):
             with tokens_computed(model) as lengths, store.cache(prompt) as cache:
                 assert torch.equal(generate(model, prompt, past_key_values=cache), expected)
@@ -96,10 +96,9 @@ def test_the_host_keeps_what_the_device_has_no_room_for(model: Any) -> None:
         store._cache.check_integrity()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_next_process_finds_it_on_disk(family: str, tmp_path: Path) -> None:
-    command = [sys.executable, tiny_models.__file__, family, str(tmp_path)]
-    expected = generate(make_model(family), make_prompt(50)).tolist()
+def test_the_next_process_finds_it_on_disk(tmp_path: Path) -> None:
+    command = [sys.executable, tiny_models.__file__, "qwen3", str(tmp_path)]
+    expected = generate(make_model("qwen3"), make_prompt(50)).tolist()
     for hits in [{}, {"disk": 48}]:
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
@@ -128,7 +127,8 @@ def test_another_model_in_the_same_directory_finds_nothing(
 
 def test_a_sequence_larger_than_the_host_goes_through_it(model: Any, tmp_path: Path) -> None:
     prompt = make_prompt(320)
-    options = {"disk_directory": tmp_path, "disk_bytes": 2**24, "host_bytes": 4 * PAGE_BYTES}
+    options: dict[str, Any] = SMALL | {"host_bytes": 4 * PAGE_BYTES}
+    options |= {"disk_directory": tmp_path, "disk_bytes": 2**24}
     with PrefixStore(model, **options) as store, store.cache(prompt) as cache:
         out = generate(model, prompt, past_key_values=cache)
     with PrefixStore(model, **options) as store, store.cache(prompt) as cache:
