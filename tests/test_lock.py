@@ -61,7 +61,7 @@ def test_torch_and_what_only_it_needs_are_left_out() -> None:
 @pytest.mark.parametrize("project", PROJECTS, ids=lambda path: path.parent.name)
 def test_what_only_an_extra_needs_is_left_out(project: Path) -> None:
     data = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    needed = {canonicalize_name(requirement.name) for requirement in declared(project)}
+    needed = {canonicalize_name(item.name) for path in PROJECTS for item in declared(path)}
     pinned = {canonicalize_name(pin.name) for pin in PINS}
     for extra, texts in data.get("optional-dependencies", {}).items():
         names = {canonicalize_name(Requirement(text).name) for text in texts} - needed
