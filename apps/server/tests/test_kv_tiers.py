@@ -48,8 +48,8 @@ def test_warm_after_the_server_and_its_engine_were_killed(
     expected = [complete(plain, prompt)[0] for prompt in PROMPTS]
     plain.process.terminate()
 
-    options = ["--kv-host-bytes", str(64 << 20), "--kv-ssd-dir", str(tmp_path / "kv")]
-    options += ["--kv-ssd-max-bytes", str(512 << 20), "--kv-cache-tokens", "512"]
+    options = ["--kv-host-bytes", "64MiB", "--kv-ssd-dir", str(tmp_path / "kv")]
+    options += ["--kv-ssd-max-bytes", "512MiB", "--kv-cache-tokens", "512"]
     options += ["--max-model-len", "512"]
     first = start_live(*options)
     for text, prompt in zip(expected, PROMPTS, strict=True):

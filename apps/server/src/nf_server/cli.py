@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nf_server.byte_size import parse_byte_size
+
 app = typer.Typer(
     name="nanoflow",
     help="NanoFlow: serve and run language models.",
@@ -54,8 +56,9 @@ KvCacheTokens = Annotated[
 KvHostBytes = Annotated[
     int | None,
     typer.Option(
+        parser=parse_byte_size,
         metavar="SIZE",
-        help="Most memory for KV that the device has no room for.",
+        help="Most memory for KV that the device has no room for, as 8GiB.",
         show_default="no host tier; 1GiB with --kv-ssd-dir",
     ),
 ]
@@ -66,8 +69,9 @@ KvSsdDir = Annotated[
 KvSsdMaxBytes = Annotated[
     int | None,
     typer.Option(
+        parser=parse_byte_size,
         metavar="SIZE",
-        help="Most bytes in --kv-ssd-dir for this model.",
+        help="Most bytes in --kv-ssd-dir for this model, as 100GiB.",
         show_default="half of what is free, at most 64GiB",
     ),
 ]

@@ -266,7 +266,7 @@ class LowerTiers:
                 self.host.pool.touch(page)
         if self.disk is not None:
             slots = [self._index.page(node, Tier.DISK) for node in nodes]
-            self.disk.touch([slot for slot in slots if slot >= 0])
+            self.disk.touch([slot for slot in slots if slot >= 0 and slot not in self._writes])
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything that goes down has come there; False if that takes too long."""

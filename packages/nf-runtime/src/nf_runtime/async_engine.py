@@ -166,7 +166,7 @@ class AsyncEngine:
         info: What it runs.
         tokenizer: The model's.
         generation_defaults: Sampling parameters of the model's generation_config.json.
-        stats: Where the engine stood after its last iteration.
+        stats: Where the engine stood after its last iteration, or at its start.
         dead_reason: Why the engine has ended; None while it lives.
     """
 

@@ -64,6 +64,7 @@ class EngineProcess:
         # What is loaded stays: looking through it at every collection would stop the loop.
         gc.collect()
         gc.freeze()
+        self._outgoing.put(_Iteration([], engine.stats))  # an SSD tier may hold pages by now
         self._outgoing.put({"ready": info})
         while True:
             while not engine.has_work or not self._commands.empty():
