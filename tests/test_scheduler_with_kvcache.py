@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nf_kvcache import KVCache, KVLayout
-from nf_scheduler import Batch, IterationResult, PageBudget, Request, Scheduler, SchedulerConfig
+from nf_scheduler import (
+    Batch,
+    FinishReason,
+    IterationResult,
+    PageBudget,
+    Request,
+    RequestState,
+    Scheduler,
+    SchedulerConfig,
+)
 
 VOCAB = 50
 STOPS = frozenset({0})
@@ -69,14 +79,27 @@ class PagedDevice:
         return torch.from_numpy(pages), torch.from_numpy(positions % self.cache.page_size)
 
 
-def serve(cache: KVCache, config: SchedulerConfig, requests: list[Request], lag: int) -> Scheduler:
-    """Add one request per iteration, run all to the end, and check what they received."""
+def serve(
+    cache: KVCache,
+    config: SchedulerConfig,
+    requests: list[Request],
+    lag: int,
+    aborts: Iterable[str] = (),
+) -> Scheduler:
+    """Add one request per iteration, run all to the end, and check what they received.
+
+    An iteration later the next of `aborts` ends early, whether it has begun, gave way, or is over.
+    """
     scheduler = Scheduler(cache, config)
     device = PagedDevice(cache, config.max_num_seqs)
     received: dict[str, list[int]] = {request.request_id: [] for request in requests}
     queue = deque(requests)
+    to_abort = deque(aborts)
+    aborted: set[str] = set()
     in_flight: deque[tuple[Batch, np.ndarray]] = deque()
     while scheduler.has_work or queue:
+        if to_abort and not queue and scheduler.abort(name := to_abort.popleft()):
+            aborted.add(name)
         if queue:
             scheduler.add(queue.popleft())
         batch = scheduler.schedule()
@@ -85,10 +108,14 @@ def serve(cache: KVCache, config: SchedulerConfig, requests: list[Request], lag:
         if len(in_flight) > lag or (batch is None and in_flight):
             done, token_ids = in_flight.popleft()
             for event in scheduler.commit(IterationResult(done.iteration, token_ids)):
-                received[event.request_id].append(event.token_id)
+                if event.token_id is not None:
+                    received[event.request_id].append(event.token_id)
         scheduler.check_integrity()
         cache.check_integrity()
-    assert received == {request.request_id: generate_alone(request) for request in requests}
+    for request in requests:
+        name = request.request_id
+        wanted = generate_alone(request)
+        assert received[name] == wanted[: len(received[name]) if name in aborted else None]
     assert cache.stats().pages_used == 0
     return scheduler
 
@@ -137,9 +164,10 @@ def test_a_kv_cache_is_a_page_budget():
     chunk=st.none() | st.integers(1, 24),
     num_seqs=st.integers(1, 8),
     prefix_caching=st.booleans(),
+    aborts=st.lists(st.integers(0, 7).map("r{}".format), unique=True),
 )
 def test_tokens_are_those_of_each_request_alone(
-    seed, lag, page_size, spare, budget, chunk, num_seqs, prefix_caching
+    seed, lag, page_size, spare, budget, chunk, num_seqs, prefix_caching, aborts
 ):
     config = SchedulerConfig(
         max_model_len=90,
@@ -148,7 +176,25 @@ def test_tokens_are_those_of_each_request_alone(
         max_prefill_chunk=chunk,
     )
     cache = make_cache(-(-90 // page_size) + spare, page_size, prefix_caching)
-    serve(cache, config, conversations(seed, 8), lag)
+    serve(cache, config, conversations(seed, 8), lag, aborts)
+
+
+def test_who_gave_way_can_be_aborted():
+    """It has no pages then, and the cache remembers that it will come back."""
+    cache = make_cache(4)
+    scheduler = Scheduler(cache, SchedulerConfig(max_model_len=16, max_num_seqs=2))
+    device = PagedDevice(cache, 2)
+    for name in "ab":
+        scheduler.add(Request(name, np.arange(4, dtype=np.int32), max_tokens=12))
+    while scheduler.state_of("b") is not RequestState.PREEMPTED:
+        batch = scheduler.schedule()
+        scheduler.commit(IterationResult(batch.iteration, device.run(batch)))
+    assert scheduler.abort("b")
+    assert [event.finish_reason for event in scheduler.take_events()] == [FinishReason.ABORT]
+    scheduler.abort("a")
+    scheduler.take_events()
+    assert cache.stats().pages_used == 0
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize("lag", [0, 1])

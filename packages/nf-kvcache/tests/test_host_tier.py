@@ -297,6 +297,23 @@ def test_a_tail_serves_only_who_has_the_same_tokens():
     engine.cache.close()
 
 
+def test_who_ends_while_preempted_leaves_nothing_of_its_own():
+    engine = make()
+    tokens = list(range(7))
+    engine.fill("a", tokens)
+    engine.cache.preempt("a")
+    engine.tokens.clear()
+    engine.cache.release("a")
+    stats = engine.cache.stats()
+    assert (stats.pages_used, stats.lower.host_pages_used) == (0, 0)
+    assert stats.lower.host_pages_cached == 1  # the full one; the other is of use to nobody
+    with pytest.raises(KeyError, match="released before"):
+        engine.cache.release("a")
+    assert engine.start("a", [*tokens, 7], resume=True) == 4
+    engine.cache.check_integrity()
+    engine.cache.close()
+
+
 def test_a_forked_sequence_writes_to_a_page_of_its_own():
     engine = make()
     prompt = list(range(6))
@@ -477,6 +494,15 @@ class HostTierMachine(RuleBasedStateMachine):
         seq = pick(self.preempted)
         if self.start(seq, self.preempted[seq] + [1] * extra, resume=True):
             del self.preempted[seq]
+
+    @precondition(lambda self: self.preempted)
+    @rule(pick=picks)
+    def end_while_preempted(self, pick):
+        seq = pick(self.preempted)
+        self.engine.cache.release(seq)
+        del self.preempted[seq]
+        with pytest.raises(KeyError, match="released before"):
+            self.engine.cache.release(seq)
 
     @precondition(lambda self: self.engine.tokens)
     @rule(pick=picks)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from nf_kvcache import KVCache, KVLayout
-from nf_kvcache.disk import DiskTier
+from nf_kvcache.disk import BlockIO, BlockRequest, DiskTier, ThreadIO
 from nf_kvcache.fingerprint import Fingerprint
+from nf_kvcache.tier import Tier
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32, page_size=4)
 TOKENS = np.arange(17, dtype=np.int32)
 HOST_BYTES = 16 * 4096
 
 
-def open_disk(directory: Path, weights: str = "some weights") -> DiskTier:
+def open_disk(
+    directory: Path, weights: str = "some weights", io: BlockIO | None = None
+) -> DiskTier:
     fingerprint = Fingerprint(
         weights=weights,
         dtype="float32",
@@ -33,10 +40,11 @@ def open_disk(directory: Path, weights: str = "some weights") -> DiskTier:
         page_bytes=LAYOUT.bytes_per_page,
         page_size=LAYOUT.page_size,
         max_bytes=16 << 20,
+        io=io,
     )
 
 
-def open_cache(directory: Path, **options) -> KVCache:
+def open_cache(directory: Path, **options: Any) -> KVCache:
     return KVCache(LAYOUT, 8, host_bytes=HOST_BYTES, disk=open_disk(directory, **options))
 
 
@@ -137,6 +145,32 @@ def test_a_prefix_longer_than_the_host_comes_up_in_parts(warm: Path) -> None:
     cache = KVCache(LAYOUT, 8, host_bytes=2 * 4096, disk=open_disk(warm))
     assert restore(cache, "b") == 16
     cache.release("b")
+    cache.check_integrity()
+    cache.close()
+
+
+def test_a_prefix_is_found_again_while_it_is_queued_for_the_disk(tmp_path: Path) -> None:
+    """Its slots hold nothing yet; being used, they are not to be asked for it."""
+    gate = threading.Event()
+
+    class ClosedGate(ThreadIO):
+        def write_many(self, requests: Sequence[BlockRequest]) -> list[int]:
+            gate.wait(30)
+            return super().write_many(requests)
+
+    cache = open_cache(tmp_path, io=ClosedGate())
+    compute(cache, "a", 0)
+    deadline = time.monotonic() + 30
+    while cache.match(TOKENS[:-1]).pages[:, Tier.HOST].min() < 0:  # which lets the copies land
+        assert time.monotonic() < deadline
+    cache.release("a")
+    lower = cache.stats().lower
+    assert lower is not None
+    assert lower.disk is not None
+    assert lower.disk.pages_queued == 4
+    assert restore(cache, "b") == 16
+    gate.set()
+    assert cache.flush(30)
     cache.check_integrity()
     cache.close()
 

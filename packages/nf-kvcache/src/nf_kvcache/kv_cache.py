@@ -58,10 +58,10 @@ class KVCache:
     """Pages of K and V on a device, taken by the sequence, shared by prefix, kept in lower tiers.
 
     A sequence is a name. It begins with its first `reserve`, which may carry a match, and ends with
-    `release` or `preempt`. Full pages that were committed can be found by later matches, also after
-    their sequence has ended, until the page is needed for something else, least recently used
-    first; with lower tiers, even then. A page that a sequence refers to is never taken. Partly
-    filled pages are shared by `fork` alone.
+    `release`; in between, `preempt` takes its pages until the next `reserve`. Full pages that were
+    committed can be found by later matches, also after their sequence has ended, until the page is
+    needed for something else, least recently used first; with lower tiers, even then. A page that a
+    sequence refers to is never taken. Partly filled pages are shared by `fork` alone.
 
     It satisfies `nf_scheduler.PageBudget`. Not thread-safe.
 
@@ -133,6 +133,7 @@ class KVCache:
         self._device = DevicePages(layout, num_pages, device, self._index)
         self._table = PageTable()
         self._entries: dict[str, _Entry] = {}
+        self._preempted: set[str] = set()
         self._queried_tokens = 0
         self._hit_tokens = dict.fromkeys(Tier, 0)
         self._copier = copier or make_copier(device)
@@ -341,7 +342,7 @@ class KVCache:
             ValueError: the child has begun before, or the parent waits for a restore.
         """
         source = self._entry(parent)
-        if child in self._entries:
+        if child in self._entries or child in self._preempted:
             raise ValueError(f"fork to sequence {child!r}, which has begun before.")
         if source.restores:
             raise ValueError(f"fork of sequence {parent!r}, whose prefix is on its way up.")
@@ -355,26 +356,20 @@ class KVCache:
         self._entries[child] = entry
 
     def release(self, seq: str) -> None:
-        """End `seq`. Its full pages can still be found until they are needed.
+        """End `seq`, preempted or not. Its full pages can still be found until they are needed.
 
         Raises:
             KeyError: no such sequence; it was released before, or never began.
         """
-        entry = self._entry(seq)
-        del self._entries[seq]
-        for restore in entry.restores:
-            restore.waiters.discard(seq)
-        if self._lower is not None:
-            for arrival in entry.arrivals.values():
-                self._lower.expect(arrival)
-            self._lower.poll()
-        # The last page first, so that a prefix is not evicted before what builds on it.
-        self._device.pool.release(reversed(self._table.pages(entry.row)), keep=self._device.nodes)
-        self._index.unhold(entry.node)
-        self._table.remove_row(entry.row)
+        if seq in self._preempted:
+            self._preempted.remove(seq)
+            if self._lower is not None:
+                self._lower.forget_preempted(seq)
+            return
+        self._vacate(seq)
 
     def preempt(self, seq: str) -> None:
-        """End `seq` for now: what it has committed goes to the host, where there is one.
+        """Take the pages of `seq`: what it has committed goes to the host, where there is one.
 
         A later match that names `seq` finds it there, its partly filled last page included, unless
         the host needed the room for something else.
@@ -395,7 +390,8 @@ class KVCache:
             page = pages[full] if len(entry.tail) else -1
             tail = (entry.node, page, entry.tail)
             self._lower.keep_preempted(seq, path, entry.salt, tail)
-        self.release(seq)
+        self._vacate(seq)
+        self._preempted.add(seq)
 
     def page_tables(self, seqs: Sequence[str], out: np.ndarray | None = None) -> np.ndarray:
         """The pages of each of `seqs`, in order, as attention kernels read them.
@@ -480,6 +476,21 @@ class KVCache:
             )
         return entry
 
+    def _vacate(self, seq: str) -> None:
+        """Take all pages of `seq`."""
+        entry = self._entry(seq)
+        del self._entries[seq]
+        for restore in entry.restores:
+            restore.waiters.discard(seq)
+        if self._lower is not None:
+            for arrival in entry.arrivals.values():
+                self._lower.expect(arrival)
+            self._lower.poll()
+        # The last page first, so that a prefix is not evicted before what builds on it.
+        self._device.pool.release(reversed(self._table.pages(entry.row)), keep=self._device.nodes)
+        self._index.unhold(entry.node)
+        self._table.remove_row(entry.row)
+
     def _missing(
         self, seq: str, num_tokens: int, match: PrefixMatch | None
     ) -> tuple[int, list[int]]:
@@ -535,6 +546,7 @@ class KVCache:
         entry = _Entry(self._table.add_row(), node, match.salt, match)
         self._index.hold(node)
         self._entries[seq] = entry
+        self._preempted.discard(seq)
         fresh_pages = iter(fresh)
         row: list[int] = []
         steps: list[RestoreStep] = []

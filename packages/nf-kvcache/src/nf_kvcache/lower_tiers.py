@@ -158,6 +158,11 @@ class LowerTiers:
                 break
         return self._tails.get(seq)
 
+    def forget_preempted(self, seq: str) -> None:
+        """Drop what is kept for the return of a preempted sequence alone."""
+        if self.tail_of(seq) is not None:
+            self._forget_tail(seq)
+
     # Up
 
     def restore(self, seq: str, steps: list[RestoreStep]) -> Restore:

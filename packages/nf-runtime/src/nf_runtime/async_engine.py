@@ -351,6 +351,7 @@ class AsyncEngine:
             for value in message["outputs"]:
                 self._deliver(output_from_json(value))
         elif "ready" in message:
+            self.stats = stats_from_json(message["stats"])
             if not self._ready.done():  # as it is when starting was cancelled
                 self._ready.set_result(message["ready"])
         elif "refused" in message:
@@ -392,12 +393,11 @@ class AsyncEngine:
 
     def _die(self, reason: str) -> None:
         self.dead_reason = reason
-        error = EngineDeadError(reason)
         if not self._ready.done():
-            self._ready.set_exception(error)
+            self._ready.set_exception(EngineDeadError(reason))
             self._ready.exception()  # seen: nobody may be waiting any more
         for stream, _ in list(self._live.values()):
-            stream.fail(error)
+            stream.fail(EngineDeadError(reason))  # its own: raising an error adds to its traceback
         self._live.clear()
         self._choice_names.clear()
         self._dead.set()

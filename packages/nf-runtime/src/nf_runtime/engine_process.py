@@ -64,8 +64,8 @@ class EngineProcess:
         # What is loaded stays: looking through it at every collection would stop the loop.
         gc.collect()
         gc.freeze()
-        self._outgoing.put(_Iteration([], engine.stats))  # an SSD tier may hold pages by now
-        self._outgoing.put({"ready": info})
+        # With stats, because an SSD tier may hold pages by now.
+        self._outgoing.put({"ready": info, "stats": stats_to_json(engine.stats)})
         while True:
             while not engine.has_work or not self._commands.empty():
                 command = self._next_command(engine)
