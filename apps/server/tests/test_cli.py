@@ -43,12 +43,14 @@ def test_help_is_quick() -> None:
         result = nanoflow("--help")
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0
-    for command in ("serve", "generate", "env", "version"):
+    for command in ("serve", "generate", "plan", "env", "version"):
         assert command in result.stdout
     assert min(seconds) < 0.5, seconds
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["plan", "memory", "--help"], ["version"]]
+)
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -131,6 +133,52 @@ def test_corrupt_weights_are_one_line_that_names_the_file(tmp_path: Path) -> Non
 def test_wrong_values_are_one_line(option: str, value: str) -> None:
     line = only_error_line(nanoflow("serve", DEMO_MODEL, "--port", "0", option, value))
     assert value in line
+
+
+def test_plan_memory_reads_the_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(DEMO_MODEL) / "config.json").read_bytes())
+    arguments = ["plan", "memory", str(tmp_path), "--device-memory", "1GiB", "--device", "cpu"]
+    result = nanoflow(*arguments, "--kv-device-bytes", "64MiB")
+    assert result.returncode == 0, result.stderr
+    assert "cpu: 1.0 GiB free of 1.0 GiB" in result.stdout
+    assert "  KV cache     64.0 MiB  ##" in result.stdout
+    assert "It fits." in result.stdout
+
+
+def test_plan_memory_says_which_option_to_change(tmp_path: Path) -> None:
+    arguments = ["plan", "memory", DEMO_MODEL, "--device", "cuda", "--device-memory", "2GiB"]
+    result = nanoflow(*arguments, "--kv-device-bytes", "3GiB", "--json")
+    assert result.returncode == 1
+    plan = json.loads(result.stdout)
+    assert not plan["fits"]
+    assert (plan["device"], plan["total_bytes"]) == ("cuda", 2 << 30)
+    assert "3.0 GiB of KV do not fit" in plan["problem"]
+    (advice,) = plan["advice"]
+    assert advice.startswith("set --kv-device-bytes to ")
+    fitting = advice.split()[3]
+    assert nanoflow(*arguments, "--kv-device-bytes", fitting).returncode == 0
+
+
+def test_plan_memory_is_what_the_engine_does() -> None:
+    options = ["--kv-device-bytes", "3MiB", "--dtype", "float32"]
+    plan = json.loads(nanoflow("plan", "memory", DEMO_MODEL, *options, "--json").stdout)
+    assert plan["num_pages"] == (3 << 20) // plan["page_bytes"]
+    result = nanoflow("generate", DEMO_MODEL, "x", "--max-tokens", "1", *options)
+    assert result.returncode == 0, result.stderr
+    capped = f"the longest have {plan['kv_tokens']}"
+    assert (capped in result.stderr) == (plan["kv_tokens"] < plan["model_max_len"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--device", "abacus"], "abacus"),
+        (["--max-model-len", "1000000"], "1000000"),
+        (["--kv-cache-tokens", "64", "--kv-device-bytes", "1MiB"], "both size the KV cache"),
+    ],
+)
+def test_plan_memory_refuses_what_serve_refuses(options: list[str], expected: str) -> None:
+    assert expected in only_error_line(nanoflow("plan", "memory", DEMO_MODEL, *options))
 
 
 def test_version() -> None:

@@ -247,8 +247,15 @@ def test_options_are_those_of_the_engine(tiny_checkpoint: MakeCheckpoint) -> Non
         LLM(path, skip_tokenizer_init=True, max_model_len=64, kv_cache_tokens=32)
     with pytest.raises(NanoFlowError, match="has 0 pages of 16 tokens"):
         LLM(path, skip_tokenizer_init=True, kv_cache_tokens=15)
+    with pytest.raises(NanoFlowError, match=r"kv_cache_tokens is 64 and .* both size the KV cache"):
+        LLM(path, skip_tokenizer_init=True, kv_cache_tokens=64, kv_device_bytes=1 << 20)
+    with pytest.raises(NanoFlowError, match=r"do not fit; set kv_device_bytes to \d+ .* or less"):
+        LLM(path, skip_tokenizer_init=True, kv_device_bytes=1 << 50)
     small = LLM(path, skip_tokenizer_init=True, kv_cache_tokens=40)  # with a warning
     assert small.engine.info.max_model_len == 32
+    page_bytes = 3 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, tokens, head_dim, float32
+    small = LLM(path, skip_tokenizer_init=True, kv_device_bytes=5 * page_bytes - 1)
+    assert small.engine.info.num_pages == 4
 
 
 class StopHere(BaseException):

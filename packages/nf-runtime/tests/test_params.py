@@ -119,6 +119,7 @@ def test_fields_are_named_not_counted() -> None:
         ("max_num_batched_tokens", -1),
         ("max_prefill_chunk", 0),
         ("kv_cache_tokens", 0),
+        ("kv_device_bytes", 0),
         ("page_size", 0),
     ],
 )

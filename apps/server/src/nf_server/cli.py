@@ -43,6 +43,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together.", show_default="model's")
 ]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option(help="Most sequences in one batch.", show_default="engine's")
+]
+MaxNumBatchedTokens = Annotated[
+    int | None, typer.Option(help="Most tokens in one batch.", show_default="engine's")
+]
 LoadFormat = Annotated[
     str, typer.Option(help="auto, safetensors, or dummy for random weights from a config alone.")
 ]
@@ -52,6 +58,15 @@ Tokenizer = Annotated[
 ]
 KvCacheTokens = Annotated[
     int | None, typer.Option(help="Size of the KV cache in tokens.", show_default="from memory")
+]
+KvDeviceBytes = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_byte_size,
+        metavar="SIZE",
+        help="Size of the KV cache in bytes, as 8GiB, instead of tokens.",
+        show_default="from memory",
+    ),
 ]
 KvHostBytes = Annotated[
     int | None,
@@ -107,13 +122,10 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(help="Most sequences in one batch.", show_default="engine's")
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens in one batch.", show_default="engine's")
-    ] = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_cache_tokens: KvCacheTokens = None,
+    kv_device_bytes: KvDeviceBytes = None,
     kv_host_bytes: KvHostBytes = None,
     kv_ssd_dir: KvSsdDir = None,
     kv_ssd_max_bytes: KvSsdMaxBytes = None,
@@ -145,6 +157,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_tokens=kv_cache_tokens,
+        kv_device_bytes=kv_device_bytes,
         kv_host_bytes=kv_host_bytes,
         kv_ssd_dir=kv_ssd_dir,
         kv_ssd_max_bytes=kv_ssd_max_bytes,
@@ -203,6 +216,7 @@ def generate(
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_tokens: KvCacheTokens = None,
+    kv_device_bytes: KvDeviceBytes = None,
     load_format: LoadFormat = "auto",
     tokenizer: Tokenizer = None,
     native_kernels: NativeKernels = True,
@@ -230,6 +244,7 @@ def generate(
             device=device,
             max_model_len=max_model_len,
             kv_cache_tokens=kv_cache_tokens,
+            kv_device_bytes=kv_device_bytes,
             load_format=load_format,
             native_kernels=native_kernels,
             deterministic=deterministic,
@@ -240,6 +255,53 @@ def generate(
         use_generation_config=generation_config is GenerationConfig.AUTO,
         as_json=as_json,
     )
+
+
+plan = typer.Typer(help="Say beforehand how a model would run.", no_args_is_help=True)
+app.add_typer(plan, name="plan")
+
+
+@plan.command()
+def memory(
+    model: Model,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_byte_size,
+            metavar="SIZE",
+            help="Plan for a device with so much memory, as 80GiB, all of it free; it need not be "
+            "in this machine.",
+            show_default="what is free now",
+        ),
+    ] = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_cache_tokens: KvCacheTokens = None,
+    kv_device_bytes: KvDeviceBytes = None,
+    kv_host_bytes: KvHostBytes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether weights, KV cache and workspace of MODEL fit; nothing is loaded.
+
+    Needs no more than the model's config.json. Exit code: 0 it fits, 1 it does not, or an error.
+    """
+    from nf_server.commands import plan as command
+
+    options = _engine_options(
+        model=model,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_tokens=kv_cache_tokens,
+        kv_device_bytes=kv_device_bytes,
+        kv_host_bytes=kv_host_bytes,
+    )
+    raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
 
 
 @app.command()

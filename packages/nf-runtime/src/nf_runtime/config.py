@@ -11,7 +11,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _OPTIONAL = (
-    *("max_model_len", "max_prefill_chunk", "kv_cache_tokens"),
+    *("max_model_len", "max_prefill_chunk", "kv_cache_tokens", "kv_device_bytes"),
     *("kv_host_bytes", "kv_ssd_max_bytes"),
 )
 
@@ -32,7 +32,9 @@ class EngineConfig:
         max_num_batched_tokens: New tokens of one iteration.
         max_prefill_chunk: New tokens of one request in one iteration; None takes
             `max_num_batched_tokens`.
-        kv_cache_tokens: Token slots of the KV cache; None takes a share of the memory there is.
+        kv_cache_tokens: Token slots of the KV cache on the device; None takes what fits
+            (`nf_runtime.memory_plan`).
+        kv_device_bytes: The same in bytes.
         kv_host_bytes: Bound of the host tier, which keeps KV that the device has no room for; None
             is no host tier, or one of 1 GiB where there is an SSD tier, whose pages go through it.
         kv_ssd_dir: Directory of the SSD tier, which keeps KV beyond the end of the process; None is
@@ -57,6 +59,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_prefill_chunk: int | None = None
     kv_cache_tokens: int | None = None
+    kv_device_bytes: int | None = None
     kv_host_bytes: int | None = None
     kv_ssd_dir: str | None = None
     kv_ssd_max_bytes: int | None = None
@@ -88,6 +91,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_prefill_chunk",
             "kv_cache_tokens",
+            "kv_device_bytes",
             "kv_host_bytes",
             "kv_ssd_max_bytes",
             "page_size",
@@ -97,6 +101,11 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise NanoFlowError(f"{name} is {value!r}; expected a positive integer")
+        if self.kv_cache_tokens is not None and self.kv_device_bytes is not None:
+            raise NanoFlowError(
+                f"kv_cache_tokens is {self.kv_cache_tokens} and kv_device_bytes is "
+                f"{self.kv_device_bytes}: both size the KV cache of the device; set one of them"
+            )
         if self.kv_ssd_dir is None and self.kv_ssd_max_bytes is not None:
             raise NanoFlowError(
                 f"kv_ssd_max_bytes is {self.kv_ssd_max_bytes}, but there is no SSD tier to bound; "

@@ -1,6 +1,7 @@
-"""Choosing the device, the dtype, and the memory for the KV cache."""
+"""Choosing the device and the dtype, and how much memory a device has."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,11 +9,8 @@ import torch
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.model_config import ModelConfig
 
-# Shares of memory that the KV cache takes when nobody says how much. On a CPU other programs need
-# theirs, and the operating system takes no memory back from a full pool.
-_CPU_SHARE = 0.1
-_CUDA_SHARE = 0.85
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 # oneDNN compiles a kernel for every number of rows it meets. It keeps 1024, up to 1 MB each,
 # and torch, calling it, keeps as many again.
@@ -62,13 +60,58 @@ def pick_dtype(name: str, model: ModelConfig) -> torch.dtype:
     return dtypes[chosen]
 
 
-def kv_cache_bytes(device: torch.device) -> int:
-    """Bytes that the KV cache may take on a device by default."""
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of a device, in bytes.
+
+    Attributes:
+        name: Of the device, such as `cuda:0`.
+        kind: `cpu` or `cuda`.
+        total_bytes: All of it that this process may use.
+        free_bytes: What of it can be had now.
+    """
+
+    name: str
+    kind: str
+    total_bytes: int
+    free_bytes: int
+
+
+def measure_memory(device: torch.device) -> DeviceMemory:
+    """How much memory a device has, and how much of it is free."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_SHARE)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # A container may be allowed less than the machine has.
-    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()).isdecimal():
-        memory = min(memory, int(limit))
-    return int(memory * _CPU_SHARE)
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(str(device), "cuda", total, free)
+    total, free = _machine_memory(_MEMINFO)
+    limit, left = _container_memory(_CGROUP)  # a container may be allowed less than there is
+    if limit is not None and left is not None:
+        total, free = min(total, limit), min(free, left)
+    return DeviceMemory("cpu", "cpu", total, free)
+
+
+def _machine_memory(meminfo: Path) -> tuple[int, int]:
+    """Memory of the machine, and what programs can have of it without swapping."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return total, min(total, int(value.split()[0]) << 10)
+    return total, total  # a system that does not say
+
+
+def _container_memory(cgroup: Path) -> tuple[int | None, int | None]:
+    """What a container may use, and what is left of that; None where nothing is limited."""
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if not limit.isdecimal():
+            return None, None
+        used = int((cgroup / "memory.current").read_text())
+        statistics = dict(
+            line.split() for line in (cgroup / "memory.stat").read_text().splitlines()
+        )
+    except OSError:
+        return None, None
+    # Cached files count as used, and make room when memory is asked for.
+    used -= int(statistics.get("inactive_file", 0))
+    return int(limit), max(0, int(limit) - used)

@@ -6,19 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from nf_kernels import ops
 from nf_runtime.checkpoint import Checkpoint
 from nf_runtime.config import EngineConfig
-from nf_runtime.device import kv_cache_bytes, pick_device, pick_dtype
+from nf_runtime.device import measure_memory, pick_device, pick_dtype
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.executor import Executor
 from nf_runtime.graph import LayerGraph
 from nf_runtime.kv_tiers import make_kv_cache
 from nf_runtime.logprobs import RowLogprobs
-from nf_runtime.model_config import ModelConfig
+from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
 from nf_runtime.rope import cos_sin_table
@@ -76,7 +75,14 @@ class Engine:
         phases["weights"] = clock() - started
 
         started = clock()
-        max_model_len, num_pages = _plan_cache(config, model, dtype, device)
+        plan = plan_memory(
+            config, model, measure_memory(device), dtype, loaded_weight_bytes=weights.num_bytes
+        )
+        if plan.problem is not None:
+            raise ModelLoadError(f"{plan.problem}; {', or '.join(plan.advice)}")
+        for advice in plan.advice:
+            _log.warning("%s", advice)
+        max_model_len, num_pages = plan.max_model_len, plan.num_pages
         self.kv_cache = make_kv_cache(
             config,
             model,
@@ -290,34 +296,3 @@ def _require_invariance(graph: LayerGraph, operations: ops.OperationSet) -> None
             f"deterministic is set, but the {operations.name} operations {', '.join(varying)} "
             f"depend on what else is in the batch; use the native kernels of a CPU, or leave it off"
         )
-
-
-def _plan_cache(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Longest sequence and number of pages."""
-    wanted_len = config.max_model_len or model.max_position
-    if wanted_len > model.max_position:
-        raise ModelLoadError(
-            f"max_model_len is {wanted_len}; the model was made for at most {model.max_position}"
-        )
-    if config.kv_cache_tokens is not None:
-        num_pages = config.kv_cache_tokens // config.page_size
-    else:
-        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-        affordable = kv_cache_bytes(device) // (per_token * config.page_size)
-        num_pages = min(affordable, config.max_num_seqs * -(-wanted_len // config.page_size))
-    room = num_pages * config.page_size
-    if room >= wanted_len:
-        return wanted_len, num_pages
-    if config.max_model_len is not None or num_pages < 1:
-        raise ModelLoadError(
-            f"the KV cache has {num_pages} pages of {config.page_size} tokens, less than one "
-            f"sequence of {wanted_len}; lower max_model_len or raise kv_cache_tokens"
-        )
-    _log.warning(
-        "max_model_len is %d, not the model's %d: the KV cache has room for no more",
-        room,
-        wanted_len,
-    )
-    return room, num_pages

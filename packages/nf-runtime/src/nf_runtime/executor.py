@@ -98,12 +98,7 @@ class Executor:
         self._operations = operations
         self._edges = graph.edges
         self._signatures: list[Operation] = []
-        self._selected_edges = {
-            edge
-            for operation in graph.epilogue
-            if operation.rows is Rows.SELECTED
-            for edge in operation.writes.values()
-        }
+        self._selected_edges = graph.selected_edges
         self._buffers = {
             edge.name: self._allocate(
                 edge, max_requests if edge.name in self._selected_edges else max_tokens

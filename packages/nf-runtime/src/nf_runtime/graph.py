@@ -106,6 +106,16 @@ class LayerGraph:
     layers: tuple[tuple[Operation, ...], ...]
     epilogue: tuple[Operation, ...]
 
+    @property
+    def selected_edges(self) -> frozenset[str]:
+        """Edges that have rows only where logits are wanted."""
+        return frozenset(
+            edge
+            for operation in self.epilogue
+            if operation.rows is Rows.SELECTED
+            for edge in operation.writes.values()
+        )
+
     def __post_init__(self) -> None:
         written: set[str] = set()
         for part in (self.prologue, *self.layers, self.epilogue):

@@ -67,7 +67,7 @@ def make_kv_cache(
             num_pages,
             device=device,
             prefix_caching=config.enable_prefix_caching,
-            host_bytes=_host_bytes(config),
+            host_bytes=host_tier_bytes(config),
             disk=disk,
         )
     except BaseException as error:
@@ -76,6 +76,15 @@ def make_kv_cache(
         if isinstance(error, ValueError):
             raise ModelLoadError(f"kv_host_bytes is too small: {error}") from error
         raise
+
+
+def host_tier_bytes(config: EngineConfig) -> int:
+    """Bound of the host tier; 0 is none."""
+    if config.kv_host_bytes is not None:
+        return config.kv_host_bytes
+    if config.kv_ssd_dir is None:
+        return 0
+    return _DEFAULT_HOST_BYTES
 
 
 def default_ssd_bytes(directory: str) -> int:
@@ -123,14 +132,6 @@ def _open_disk(
         stats.pages_found,
     )
     return disk
-
-
-def _host_bytes(config: EngineConfig) -> int:
-    if config.kv_host_bytes is not None:
-        return config.kv_host_bytes
-    if config.kv_ssd_dir is None:
-        return 0
-    return _DEFAULT_HOST_BYTES
 
 
 def _fingerprint(

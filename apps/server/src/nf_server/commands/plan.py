@@ -1,0 +1,102 @@
+"""`nanoflow plan`: how a model would run, said before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from nf_server.commands.failure import fail
+
+if TYPE_CHECKING:
+    from nf_runtime.memory_plan import MemoryPlan
+
+_BAR_WIDTH = 40
+
+
+def memory(engine_options: dict[str, Any], device_memory: int | None, *, as_json: bool) -> int:
+    """Print where the memory of a device would go; the exit code, 0 if all fits.
+
+    Args:
+        engine_options: Fields of `EngineConfig`.
+        device_memory: Bytes of a device that is free and need not be here; None measures.
+        as_json: Print one JSON object instead of a table.
+    """
+    # The imports take seconds, and come after what can be wrong without them.
+    from nf_runtime import EngineConfig, NanoFlowError
+    from nf_runtime.device import DeviceMemory, measure_memory, pick_device, pick_dtype
+    from nf_runtime.memory_plan import plan_memory
+    from nf_runtime.model_source import find_model
+    from nf_runtime.models import read_config
+
+    try:
+        config = EngineConfig(**engine_options)
+        model = read_config(find_model(config.model, config_only=True))
+        if device_memory is None:
+            there = measure_memory(pick_device(config.device))
+        else:
+            name = "cuda" if config.device == "auto" else config.device
+            kind = name.partition(":")[0]
+            there = DeviceMemory(name, kind, device_memory, device_memory)
+        plan = plan_memory(config, model, there, pick_dtype(config.dtype, model))
+    except NanoFlowError as error:
+        fail(error)
+    names = [field.name for field in fields(EngineConfig)]
+    advice = [_as_flags(text, names) for text in plan.advice]
+    print(_as_json(plan, advice) if as_json else _as_table(plan, advice))
+    return 0 if plan.fits else 1
+
+
+def _as_json(plan: MemoryPlan, advice: list[str]) -> str:
+    values = asdict(plan) | {
+        "advice": advice,
+        "fits": plan.fits,
+        "kv_bytes": plan.kv_bytes,
+        "kv_tokens": plan.kv_tokens,
+        "full_sequences": plan.full_sequences,
+    }
+    return json.dumps(values, indent=2)
+
+
+def _as_table(plan: MemoryPlan, advice: list[str]) -> str:
+    from nf_runtime.memory_plan import format_bytes
+
+    parts = {
+        "weights": plan.weight_bytes,
+        "workspace": plan.workspace_bytes,
+        "KV cache": plan.kv_bytes,
+        "host tier": plan.host_tier_bytes,
+    }
+    scale = max(plan.free_bytes, sum(parts.values()), 1)
+    lines = [
+        f"{plan.device}: {format_bytes(plan.free_bytes)} free of {format_bytes(plan.total_bytes)}",
+        "",
+    ]
+    for name, size in parts.items():
+        if size or name != "host tier":
+            bar = "#" * round(_BAR_WIDTH * size / scale)
+            lines.append(f"  {name:<10} {format_bytes(size):>10}  {bar}".rstrip())
+    left = plan.free_bytes - sum(parts.values())
+    lines.append(f"  {'left' if left >= 0 else 'missing':<10} {format_bytes(abs(left)):>10}")
+    lines += [
+        "",
+        f"KV cache: {plan.kv_tokens} tokens in {plan.num_pages} pages of {plan.page_size}, "
+        f"{format_bytes(plan.page_bytes)} each; room for {plan.full_sequences} sequences of "
+        f"{plan.max_model_len} tokens",
+    ]
+    if plan.problem is None:
+        lines.append("It fits.")
+    else:
+        lines.append(f"It does not fit: {plan.problem}.")
+    lines += [f"  - {text}" for text in advice]
+    return "\n".join(lines)
+
+
+def _as_flags(text: str, names: list[str]) -> str:
+    """Advice by the names of the command line: `--kv-device-bytes` for kv_device_bytes."""
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
+    words = {"model", "device", "tokenizer", "seed"}  # fields that are words of a sentence too
+    return pattern.sub(
+        lambda found: found[0] if found[0] in words else "--" + found[0].replace("_", "-"), text
+    )
