@@ -46,6 +46,7 @@ LOWER_TIERS = LowerTierStats(
     uploaded_bytes=7,
     upload_seconds=0.5,
     skipped_pages=8,
+    unwritten_pages=3,
     restores_under_way=1,
     restores_cut=2,
     disk=DiskStats(

@@ -63,6 +63,7 @@ def test_metric_values(scripted: Callable[..., Any]) -> None:
         'nanoflow_kv_moving_seconds_total{direction="host_to_disk"} 0.75',
         'nanoflow_kv_evictions_total{tier="disk"} 11.0',
         'nanoflow_kv_dropped_pages_total{reason="host full"} 8.0',
+        'nanoflow_kv_dropped_pages_total{reason="disk busy"} 3.0',
         'nanoflow_kv_dropped_pages_total{reason="disk queue full"} 13.0',
         'nanoflow_kv_dropped_pages_total{reason="disk failed"} 14.0',
         'nanoflow_kv_disk_errors_total{error="ENOSPC"} 15.0',

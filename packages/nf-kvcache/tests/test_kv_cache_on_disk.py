@@ -23,7 +23,10 @@ HOST_BYTES = 16 * 4096
 
 
 def open_disk(
-    directory: Path, weights: str = "some weights", io: BlockIO | None = None
+    directory: Path,
+    weights: str = "some weights",
+    io: BlockIO | None = None,
+    max_queued_pages: int = 64,
 ) -> DiskTier:
     fingerprint = Fingerprint(
         weights=weights,
@@ -41,6 +44,7 @@ def open_disk(
         page_size=LAYOUT.page_size,
         max_bytes=16 << 20,
         io=io,
+        max_queued_pages=max_queued_pages,
     )
 
 
@@ -79,6 +83,18 @@ def restore(cache: KVCache, seq: str, salt: str = "") -> int:
             assert (keys[page, :, slot] == 100 * layer + token).all()
             assert (values[page, :, slot] == -100 * layer - token).all()
     return came.num_tokens
+
+
+class ClosedGate(ThreadIO):
+    """Nothing is written before the gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def write_many(self, requests: Sequence[BlockRequest]) -> list[int]:
+        self.gate.wait(30)
+        return super().write_many(requests)
 
 
 @pytest.fixture
@@ -151,14 +167,8 @@ def test_a_prefix_longer_than_the_host_comes_up_in_parts(warm: Path) -> None:
 
 def test_a_prefix_is_found_again_while_it_is_queued_for_the_disk(tmp_path: Path) -> None:
     """Its slots hold nothing yet; being used, they are not to be asked for it."""
-    gate = threading.Event()
-
-    class ClosedGate(ThreadIO):
-        def write_many(self, requests: Sequence[BlockRequest]) -> list[int]:
-            gate.wait(30)
-            return super().write_many(requests)
-
-    cache = open_cache(tmp_path, io=ClosedGate())
+    io = ClosedGate()
+    cache = open_cache(tmp_path, io=io)
     compute(cache, "a", 0)
     deadline = time.monotonic() + 30
     while cache.match(TOKENS[:-1]).pages[:, Tier.HOST].min() < 0:  # which lets the copies land
@@ -169,8 +179,43 @@ def test_a_prefix_is_found_again_while_it_is_queued_for_the_disk(tmp_path: Path)
     assert lower.disk is not None
     assert lower.disk.pages_queued == 4
     assert restore(cache, "b") == 16
-    gate.set()
+    io.gate.set()
     assert cache.flush(30)
+    cache.check_integrity()
+    cache.close()
+
+
+def test_more_pages_than_the_disk_takes_at_once_all_get_there(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path, max_queued_pages=1)
+    compute(cache, "a", 0)
+    assert cache.flush(30)
+    lower = cache.stats().lower
+    assert lower is not None
+    assert lower.disk is not None
+    assert (lower.disk.pages_stored, lower.unwritten_pages) == (4, 0)
+    assert not lower.disk.writes_dropped
+    cache.check_integrity()
+    cache.close()
+
+
+def test_what_leaves_the_host_before_the_disk_takes_it_is_counted(tmp_path: Path) -> None:
+    """A disk that stands still holds up neither the host nor the sequences."""
+    io = ClosedGate()
+    disk = open_disk(tmp_path, io=io, max_queued_pages=1)
+    cache = KVCache(LAYOUT, 8, host_bytes=3 * 4096, disk=disk)
+    for number in range(4):  # twelve more pages than the host has room for
+        salt = f"tenant {number}"
+        compute(cache, salt, 0, salt)
+        assert not cache.flush(0.2)
+        cache.release(salt)
+        cache.check_integrity()
+    io.gate.set()
+    assert cache.flush(30)
+    lower = cache.stats().lower
+    assert lower is not None
+    assert lower.disk is not None
+    assert lower.unwritten_pages > 0
+    assert lower.disk.pages_stored + lower.unwritten_pages + lower.skipped_pages == 16
     cache.check_integrity()
     cache.close()
 

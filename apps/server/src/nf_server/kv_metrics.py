@@ -61,7 +61,7 @@ def _transfers(lower: LowerTierStats | None) -> Iterator[Metric]:
         for direction in ("device_to_host", "host_to_device", "host_to_disk", "disk_to_host")
     }
     evictions = {"host": 0, "disk": 0}
-    dropped = {"host full": 0}
+    dropped = {"host full": 0, "disk busy": 0}
     errors: Mapping[str, int] = {}
     damaged, degraded, restores, cut = 0, False, 0, 0
     if lower is not None:
@@ -69,6 +69,7 @@ def _transfers(lower: LowerTierStats | None) -> Iterator[Metric]:
         moved["host_to_device"] = lower.uploaded_bytes, lower.upload_seconds
         evictions["host"] = lower.host_evictions
         dropped["host full"] = lower.skipped_pages
+        dropped["disk busy"] = lower.unwritten_pages
         restores, cut = lower.restores_under_way, lower.restores_cut
         if (disk := lower.disk) is not None:
             moved["host_to_disk"] = disk.bytes_written, disk.write_seconds

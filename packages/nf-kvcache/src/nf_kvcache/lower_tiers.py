@@ -11,6 +11,8 @@ import numpy as np
 from nf_kvcache.copier import Copier, Event
 from nf_kvcache.device_pages import DevicePages
 from nf_kvcache.disk import DiskRead, DiskTier
+from nf_kvcache.disk_copies import DiskCopies
+from nf_kvcache.host_pages import HostPages
 from nf_kvcache.host_tier import HostTier
 from nf_kvcache.index import PrefixIndex
 from nf_kvcache.offload import HostArrival, IterationOffload, LayerOrder
@@ -18,9 +20,6 @@ from nf_kvcache.prefix_match import Tail
 from nf_kvcache.restore import PendingRead, Restore, RestoreStep
 from nf_kvcache.stats import LowerTierStats
 from nf_kvcache.tier import Tier
-
-_MAX_UNWRITTEN = 64
-"""Pages of one path that are queued for the disk at once, the lowest included."""
 
 
 class LowerTiers:
@@ -57,8 +56,8 @@ class LowerTiers:
         restore_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.host = host
-        self.disk = disk
+        self._host = HostPages(host, index)
+        self._disk = None if disk is None else DiskCopies(disk, index, self._host)
         self.copier = copier
         self.incoming: dict[int, tuple[int, Restore]] = {}
         self.skipped_pages = 0
@@ -70,17 +69,9 @@ class LowerTiers:
         self._restore_seconds = restore_seconds
         self._clock = clock
         self._order = LayerOrder(copier, len(device.layers))
-        self._host_nodes: dict[int, int] = {}
-        self._disk_nodes: dict[int, int] = {}
         self._arrivals: deque[HostArrival] = deque()
-        self._tails: dict[str, Tail] = {}
-        self._tail_owners: dict[int, str] = {}  # by page of the host
-        self._writes: dict[int, int] = {}  # by slot: the page of the host that it is written from
         self._restores: list[Restore] = []
         self._draining: list[PendingRead] = []
-        host.pool.on_evict = self._forget_host_page
-        if disk is not None:
-            self._load(disk)
 
     # Down
 
@@ -91,13 +82,13 @@ class LowerTiers:
             What the owner calls for every layer; and an arrival for each of the first pages, as
             many as the host has room for. Each has to be handed to `expect` in the end.
         """
-        targets = self.take_host_pages(len(pages))
+        targets = self._host.take(len(pages))
         self.skipped_pages += len(pages) - len(targets)
         offload = IterationOffload(
             self._device.layers,
             list(pages[: len(targets)]),
             targets,
-            host=self.host,
+            host=self._host.tier,
             copier=self.copier,
             order=self._order,
         )
@@ -134,13 +125,13 @@ class LowerTiers:
         ]
         node, page, tokens = tail
         sources = [source for _, source in missing] + ([page] if len(tokens) else [])
-        targets = self.take_host_pages(len(sources))
+        targets = self._host.take(len(sources))
         if not targets:
             return
         download = self.copier.download(
             self._device.layers,
             sources[: len(targets)],
-            [self.host.page(target) for target in targets],
+            [self._host.tier.page(target) for target in targets],
         )
         self._order.read_by(download.source_read)
         for (full, _), target in zip(missing, targets, strict=False):
@@ -156,18 +147,18 @@ class LowerTiers:
                 arrival.copy.wait()  # a copy in memory, which takes milliseconds
                 self.poll()
                 break
-        return self._tails.get(seq)
+        return self._host.tail_of(seq)
 
     def forget_preempted(self, seq: str) -> None:
         """Drop what is kept for the return of a preempted sequence alone."""
         if self.tail_of(seq) is not None:
-            self._forget_tail(seq)
+            self._host.forget_tail(seq)
 
     # Up
 
     def restore(self, seq: str, steps: list[RestoreStep]) -> Restore:
         """Begin to bring pages up for `seq`; their pages of the device are its own already."""
-        self.host.pool.hold(step.host for step in steps if step.ready)
+        self._host.pool.hold(step.host for step in steps if step.ready)
         self._device.pool.hold(step.page for step in steps)
         restore = Restore(seq, steps, self._clock(), self._restore_seconds)
         for step in steps:
@@ -189,22 +180,21 @@ class LowerTiers:
             if restore.last_event is not None:
                 restore.last_event.wait(timeout)
                 return
-        if self._restores and self.disk is not None:
-            self.disk.wait(timeout)
+        if self._restores and self._disk is not None:
+            self._disk.disk.wait(timeout)
 
     # What a restore asks (`RestoreDevices`)
 
     def take_host_pages(self, count: int) -> list[int]:
         """Take up to `count` pages of the host; what they held is forgotten."""
-        pool = self.host.pool
-        return pool.take(min(count, pool.num_free + pool.num_idle))
+        return self._host.take(count)
 
     def start_read(self, steps: Sequence[RestoreStep]) -> DiskRead:
         """Read slots of the disk into pages of the host."""
-        if self.disk is None:
+        if self._disk is None:
             raise RuntimeError("A page is on disk, but there is no disk tier.")
-        return self.disk.read(
-            [step.slot for step in steps], [self.host.slot(step.host) for step in steps]
+        return self._disk.disk.read(
+            [step.slot for step in steps], [self._host.tier.slot(step.host) for step in steps]
         )
 
     def start_upload(self, steps: Sequence[RestoreStep]) -> Event:
@@ -212,12 +202,12 @@ class LowerTiers:
         return self.copier.upload(
             self._device.layers,
             [step.page for step in steps],
-            [self.host.page(step.host) for step in steps],
+            [self._host.tier.page(step.host) for step in steps],
         )
 
     def landed(self, step: RestoreStep) -> None:
         """A page that was read is on the host now."""
-        self._place_on_host(step.node, step.host)
+        self._host.place(step.node, step.host)
 
     def arrived(self, step: RestoreStep) -> None:
         """A page is on the device now."""
@@ -225,13 +215,13 @@ class LowerTiers:
         if step.node:
             self._device.place(step.node, step.page)
             self.incoming.pop(step.node, None)
-        elif step.host in self._tail_owners:  # a tail serves once
-            self._end_tail(step.host)
+        else:
+            self._host.end_tail(step.host)  # a tail serves once
         self.dropped(step)
 
     def dropped(self, step: RestoreStep) -> None:
         """A page of the host that was taken or held for a step is not needed any more."""
-        self._release_host_page(step.host)
+        self._host.release(step.host)
 
     def drain(self, pending: PendingRead) -> None:
         """Give back the pages of the host of a read, once it has ended."""
@@ -243,35 +233,27 @@ class LowerTiers:
         """Take notice of everything that has happened since the last call."""
         while self._arrivals and self._arrivals[0].copy.done:
             self._land(self._arrivals.popleft())
-        if self.disk is not None:
-            events = self.disk.poll()
-            for slot in events.written:
-                self._release_host_page(self._writes.pop(slot))
-            for slot in events.failed:
-                self._release_host_page(self._writes.pop(slot))
-                self._forget_slot(slot)
-            for slot in events.evicted:
-                self._forget_slot(slot)
+        if self._disk is not None:
+            self._disk.poll()
         self._advance_all()
         for pending in [pending for pending in self._draining if pending.read.done]:
             self._draining.remove(pending)
             for step in pending.steps:
-                self._release_host_page(step.host)
+                self._host.release(step.host)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
-        return not (self._arrivals or self._writes or self._restores or self._draining)
+        if self._disk is not None and not self._disk.is_idle:
+            return False
+        return not (self._arrivals or self._restores or self._draining)
 
     def touch(self, nodes: Sequence[int]) -> None:
         """Count pages of a path as used now, in the lower tiers too."""
         for node in reversed(nodes):
-            page = self._index.page(node, Tier.HOST)
-            if page >= 0:
-                self.host.pool.touch(page)
-        if self.disk is not None:
-            slots = [self._index.page(node, Tier.DISK) for node in nodes]
-            self.disk.touch([slot for slot in slots if slot >= 0 and slot not in self._writes])
+            self._host.touch(node)
+        if self._disk is not None:
+            self._disk.touch(nodes)
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything that goes down has come there; False if that takes too long."""
@@ -279,17 +261,21 @@ class LowerTiers:
         for arrival in self._arrivals:
             arrival.copy.wait(max(0.0, deadline - time.monotonic()))
         self.poll()
-        written = self.disk is None or self.disk.flush(max(0.0, deadline - time.monotonic()))
-        self.poll()
-        return written and not self._arrivals
+        if self._disk is None:
+            return not self._arrivals
+        while True:
+            written = self._disk.disk.flush(max(0.0, deadline - time.monotonic()))
+            self.poll()  # which gives the disk more to do, if some is left
+            if self._disk.is_idle or time.monotonic() >= deadline:
+                return written and self._disk.is_idle and not self._arrivals
 
     def close(self, timeout: float) -> None:
         """Write what is queued, `timeout` seconds at most, and end."""
         self.flush(timeout)
         self.copier.close()
-        if self.disk is not None:
-            self.disk.close()
-        self.host.close()
+        if self._disk is not None:
+            self._disk.disk.close()
+        self._host.tier.close()
 
     def device_pages_held(self) -> list[int]:
         """Pages of the device that something on its way up will be written to."""
@@ -300,28 +286,31 @@ class LowerTiers:
         steps = [step for restore in self._restores for step in restore.steps]
         nodes = [arrival.node for arrival in self._arrivals]
         nodes += [step.node for step in steps]
-        nodes += [tail.node for tail in self._tails.values()]
+        nodes += self._host.nodes_held()
+        if self._disk is not None:
+            nodes += self._disk.nodes_held()
         return [node for node in nodes if node]
 
     def stats(self) -> LowerTierStats:
         """Pages of the host by state, and what happened so far."""
-        pool = self.host.pool
-        page_bytes = self.host.page_bytes
+        pool = self._host.pool
+        page_bytes = self._host.tier.page_bytes
         return LowerTierStats(
             host_pages_total=pool.num_pages,
             host_pages_used=pool.num_used,
             host_pages_cached=pool.num_idle,
             host_pages_free=pool.num_free,
             host_evictions=pool.evictions,
-            host_placement=self.host.placement,
+            host_placement=self._host.tier.placement,
             downloaded_bytes=self.downloaded_pages * page_bytes,
             download_seconds=self.copier.download_seconds,
             uploaded_bytes=self.uploaded_pages * page_bytes,
             upload_seconds=self.copier.upload_seconds,
             skipped_pages=self.skipped_pages,
+            unwritten_pages=0 if self._disk is None else self._disk.unwritten_pages,
             restores_under_way=len(self._restores),
             restores_cut=self.restores_cut,
-            disk=None if self.disk is None else self.disk.stats(),
+            disk=None if self._disk is None else self._disk.disk.stats(),
         )
 
     def check_integrity(self) -> None:
@@ -330,17 +319,12 @@ class LowerTiers:
         Raises:
             RuntimeError: names what does not agree.
         """
-        self.host.pool.check_integrity()
-        for tier, nodes in ((Tier.HOST, self._host_nodes), (Tier.DISK, self._disk_nodes)):
-            for page, node in nodes.items():
-                if not self._index.is_alive(node) or self._index.page(node, tier) != page:
-                    raise RuntimeError(
-                        f"The KV cache is broken: page {page} of the {tier.label} is not what its "
-                        "prefix says."
-                    )
-        if self.is_idle and self.host.pool.num_used:
+        self._host.check_integrity()
+        if self._disk is not None:
+            self._disk.check_integrity()
+        if self.is_idle and self._host.pool.num_used:
             raise RuntimeError(
-                f"The KV cache is broken: {self.host.pool.num_used} pages of the host are in use, "
+                f"The KV cache is broken: {self._host.pool.num_used} pages of the host are in use, "
                 "and nothing is under way."
             )
         if self.is_idle and self.incoming:
@@ -373,82 +357,12 @@ class LowerTiers:
         self.downloaded_pages += not failed
         if arrival.tail is not None and not failed:
             seq, tail = arrival.tail
-            self._forget_tail(seq)
-            self._tails[seq] = tail
-            self._tail_owners[tail.page] = seq
-            self._index.hold(tail.node)
+            self._host.keep_tail(seq, tail)
         node = arrival.node
         if node and not failed and arrival.tail is None:
-            self._place_on_host(node, arrival.page)
-            self._write(node, arrival.salt)
-        self._release_host_page(arrival.page)
+            self._host.place(node, arrival.page)
+            if self._disk is not None:
+                self._disk.add(node, arrival.salt)
+        self._host.release(arrival.page)
         if node:
             self._index.unhold(node)
-
-    def _write(self, node: int, salt: bytes) -> None:
-        """Queue a page of the host for the disk, after those before it that are missing there."""
-        if self.disk is None:
-            return
-        path: list[tuple[int, int]] = []
-        top = node
-        while (above := self._index.parent(top)) and self._index.page(top, Tier.DISK) < 0:
-            page = self._index.page(top, Tier.HOST)
-            if page < 0 or len(path) == _MAX_UNWRITTEN:
-                return
-            path.append((top, page))
-            top = above
-        slot = self._index.page(top, Tier.DISK) if above else -1
-        for node, page in reversed(path):
-            written = self.disk.write(slot, salt, self._index.tokens(node), self.host.slot(page))
-            if written is None:
-                return
-            slot = written
-            self.host.pool.hold([page])
-            self._writes[slot] = page
-            self._index.place(node, Tier.DISK, slot)
-            self._disk_nodes[slot] = node
-
-    def _place_on_host(self, node: int, page: int) -> None:
-        if self._index.page(node, Tier.HOST) < 0:
-            self._index.place(node, Tier.HOST, page)
-            self._host_nodes[page] = node
-
-    def _release_host_page(self, page: int) -> None:
-        keep = page in self._host_nodes or page in self._tail_owners
-        self.host.pool.release([page], keep=(page,) if keep else ())
-
-    def _forget_host_page(self, page: int) -> None:
-        """A page of the host is about to hold something else."""
-        node = self._host_nodes.pop(page, None)
-        if node is not None:
-            self._index.displace(node, Tier.HOST)
-        if page in self._tail_owners:
-            self._end_tail(page)
-
-    def _forget_tail(self, seq: str) -> None:
-        """Drop what is kept of an earlier preemption."""
-        tail = self._tails.get(seq)
-        if tail is not None:
-            self._end_tail(tail.page)
-            self.host.pool.discard(tail.page)
-
-    def _end_tail(self, page: int) -> None:
-        """Forget the tail in a page of the host."""
-        tail = self._tails.pop(self._tail_owners.pop(page))
-        self._index.unhold(tail.node)
-
-    def _forget_slot(self, slot: int) -> None:
-        """A slot of the disk holds its page no more."""
-        self._index.displace(self._disk_nodes.pop(slot), Tier.DISK)
-
-    def _load(self, disk: DiskTier) -> None:
-        """Enter into the index what an earlier process has left on disk."""
-        for stored in disk.pages():
-            above = (
-                self._index.root(stored.salt)
-                if stored.parent_slot < 0
-                else self._disk_nodes[stored.parent_slot]
-            )
-            node = self._index.extend(above, stored.tokens)
-            self._index.place(node, Tier.DISK, stored.slot)
-            self._disk_nodes[stored.slot] = node

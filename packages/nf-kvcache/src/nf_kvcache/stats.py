@@ -24,6 +24,7 @@ class LowerTierStats:
         uploaded_bytes: counter of bytes brought to the device.
         upload_seconds: counter of time spent on that.
         skipped_pages: counter of pages that became full while the host had no room for them.
+        unwritten_pages: counter of pages that left the host before the disk could take them.
         restores_under_way: sequences' prefixes on their way up.
         restores_cut: counter of those that brought less than was found.
         disk: of the disk tier, if there is one.
@@ -40,6 +41,7 @@ class LowerTierStats:
     uploaded_bytes: int
     upload_seconds: float
     skipped_pages: int
+    unwritten_pages: int
     restores_under_way: int
     restores_cut: int
     disk: DiskStats | None

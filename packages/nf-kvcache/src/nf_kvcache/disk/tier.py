@@ -209,6 +209,16 @@ class DiskTier:
         )
         return slot
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether `write` would drop a page for which there will be time or room later."""
+        tree = self._tree
+        return (
+            self._health.may_write
+            and tree.num_queued > 0
+            and (tree.num_queued >= self._max_queued_pages or tree.num_free == 0)
+        )
+
     def read(self, slots: Sequence[int], buffers: Sequence[npt.NDArray[np.uint8]]) -> DiskRead:
         """Begin to read pages; they cannot be evicted until `poll` has seen the end of it.
 
