@@ -65,7 +65,7 @@ cuda-build: setup ## Compile the CUDA library, which needs nvcc but no device (T
 	@$(BIN)/python -m nf_kernels.cuda.build $(if $(TILES),--tiles $(TILES)) $(ARGS)
 
 .PHONY: asan
-asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan (ARGS=)
+asan: setup ## Run the tests of the native code under AddressSanitizer and UBSan (ARGS=)
 	@$(BIN)/python scripts/asan.py $(ARGS)
 
 .PHONY: gpu-status

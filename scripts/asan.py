@@ -1,10 +1,10 @@
-"""Run the tests of the native CPU extension under AddressSanitizer and UBSan: ``make asan``.
+"""Run the tests of the native extensions under AddressSanitizer and UBSan: ``make asan``.
 
-``python scripts/asan.py [pytest arguments]`` builds the extension, instrumented, into build/asan,
-proves with an access out of bounds on each instruction set that it is watched, and runs its tests.
-Python and torch are not instrumented; what the extension does to their memory is seen, because
-they allocate through the sanitizer. Not seen: what AMX loads and stores (assembly), and masked
-vector accesses.
+``python scripts/asan.py [pytest arguments]`` builds those of nf-kernels and nf-kvcache,
+instrumented, into build/asan, proves with an access out of bounds on each instruction set that the
+kernels are watched, and runs their tests. Python and torch are not instrumented; what an extension
+does to their memory is seen, because they allocate through the sanitizer. Not seen: what AMX loads
+and stores (assembly), masked vector accesses, and what the kernel does by order of io_uring.
 """
 
 from __future__ import annotations
@@ -16,20 +16,29 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "packages" / "nf-kernels"
+KERNELS = ROOT / "packages" / "nf-kernels"
+KVCACHE = ROOT / "packages" / "nf-kvcache"
 BUILD = ROOT / "build" / "asan"
-TESTS = [*sorted(PACKAGE.glob("tests/test_native_*.py")), PACKAGE / "tests" / "test_lanes.py"]
+TESTS = [
+    *sorted(KERNELS.glob("tests/test_native_*.py")),
+    KERNELS / "tests" / "test_lanes.py",
+    KVCACHE / "tests" / "test_prefix_index.py",
+    KVCACHE / "tests" / "test_kv_cache_machine.py",
+    KVCACHE / "tests" / "test_disk_block_io.py",
+]
 
-# Python runs this at its start: the instrumented extension takes the place of the installed one.
+# Python runs this at its start: instrumented extensions take the place of the installed ones.
 SITE = """
 import importlib.util
 import sys
 
+EXTENSIONS = {extensions!r}
+
 
 class Instrumented:
     def find_spec(self, name, path=None, target=None):
-        if name == "nf_kernels._cpu":
-            return importlib.util.spec_from_file_location(name, {extension!r})
+        if name in EXTENSIONS:
+            return importlib.util.spec_from_file_location(name, EXTENSIONS[name])
         return None
 
 
@@ -75,8 +84,8 @@ def sanitizer_libraries() -> str:
     return " ".join(paths)
 
 
-def build() -> Path:
-    """The extension, instrumented."""
+def build() -> dict[str, str]:
+    """The extensions, instrumented: files by the names of their modules."""
     directory = subprocess.check_output(
         [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
     ).strip()
@@ -89,24 +98,33 @@ def build() -> Path:
         "pybind11_DIR": directory,
     }
     options = [f"-D{name}={value}" for name, value in settings.items()]
-    subprocess.run([cmake, "-S", PACKAGE, "-B", BUILD, "--log-level=WARNING", *options], check=True)
-    subprocess.run([cmake, "--build", BUILD, "--target", "_cpu"], check=True)
-    (extension,) = BUILD.glob("_cpu.*.so")
-    return extension
+    extensions: dict[str, str] = {}
+    for package, targets in ((KERNELS, ["--target", "_cpu"]), (KVCACHE, [])):
+        folder = BUILD / package.name
+        configure = [cmake, "-S", package, "-B", folder, "--log-level=WARNING", *options]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", folder, *targets], check=True)
+        module = package.name.replace("-", "_")
+        for file in folder.glob("_*.so"):
+            extensions[f"{module}.{file.name.partition('.')[0]}"] = str(file)
+    print(f"asan: instrumented {', '.join(sorted(extensions))}", flush=True)
+    return extensions
 
 
-def environment(extension: Path) -> dict[str, str]:
-    """Of a Python whose nf_kernels has the instrumented extension."""
+def environment(extensions: dict[str, str]) -> dict[str, str]:
+    """Of a Python whose packages have the instrumented extensions."""
     site = BUILD / "site"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(SITE.format(extension=str(extension)), encoding="utf-8")
+    text = SITE.format(extensions=extensions)
+    (site / "sitecustomize.py").write_text(text, encoding="utf-8")
     inherited = os.environ.get("PYTHONPATH")
-    path = [str(site), str(PACKAGE / "src"), *([inherited] if inherited else [])]
+    sources = [str(package / "src") for package in (KERNELS, KVCACHE)]
+    path = [str(site), *sources, *([inherited] if inherited else [])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "LD_PRELOAD": sanitizer_libraries(),
-        # Python and torch keep memory until the process ends, which is no leak of the extension.
+        # Python and torch keep memory until the process ends, which is no leak of the extensions.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # Small objects of Python's own allocator lie side by side, with nothing watched between.

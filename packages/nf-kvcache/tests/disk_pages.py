@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nf_kvcache.disk import BlockIO, BlockRequest, DiskTier, ThreadIO, aligned_buffers
+from nf_kvcache.disk import BlockIO, BlockRequest, DiskTier, ThreadIO, UringIO, aligned_buffers
 from nf_kvcache.disk.capacity import Capacity
 from nf_kvcache.disk.format import Meta
 from nf_kvcache.fingerprint import Fingerprint
@@ -228,12 +228,13 @@ def aligned_half(request: BlockRequest) -> memoryview:
     return torn.data
 
 
-def main(directory: str, num_slots: str, writes: str, syncs: str) -> None:
+def main(directory: str, num_slots: str, writes: str, syncs: str, io_name: str) -> None:
     """Write pages for ever. A line for each that is there (+) or no more (-): seconds, prefix."""
-    io = FaultyIO()
-    io.writes_until_kill = int(writes) if writes else None
-    io.syncs_until_kill = int(syncs) if syncs else None
-    owner = Owner(open_tier(Path(directory), int(num_slots), io=io if writes or syncs else None))
+    faulty = FaultyIO()
+    faulty.writes_until_kill = int(writes) if writes else None
+    faulty.syncs_until_kill = int(syncs) if syncs else None
+    io = {"faulty": lambda: faulty, "io_uring": UringIO, "threads": ThreadIO}[io_name]()
+    owner = Owner(open_tier(Path(directory), int(num_slots), io=io))
     conversation = max((numbers[0] for _, numbers in owner.slots), default=-1)
     while True:
         conversation += 1

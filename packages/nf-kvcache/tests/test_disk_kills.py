@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from disk_pages import Owner, Prefix, open_tier
 
+from nf_kvcache.disk import UringIO
+
 PROGRAM = Path(__file__).with_name("disk_pages.py")
 NUM_SLOTS = 200
 
@@ -68,11 +70,12 @@ class WriterProcess:
         num_slots: int = NUM_SLOTS,
         writes_until_kill: int | None = None,
         syncs_until_kill: int | None = None,
+        io: str = "faulty",
         **environment: str,
     ) -> None:
         options = ["" if n is None else str(n) for n in (writes_until_kill, syncs_until_kill)]
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(directory), str(num_slots), *options],
+            [sys.executable, str(PROGRAM), str(directory), str(num_slots), *options, io],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | environment,
@@ -186,10 +189,20 @@ def test_killed_inside_a_commit_or_checkpoint(
     owner.tier.close()
 
 
-def kill_at_random(writers: list[WriterProcess], directory: Path, rounds: int) -> None:
+@pytest.fixture(params=["io_uring", "threads"])
+def io(request: pytest.FixtureRequest) -> str:
+    if request.param == "io_uring":
+        try:
+            UringIO().close()
+        except (ImportError, OSError) as error:
+            pytest.skip(f"needs io_uring: {error}")
+    return str(request.param)
+
+
+def kill_at_random(writers: list[WriterProcess], directory: Path, rounds: int, io: str) -> None:
     pauses = random.Random(0)
     for _ in range(rounds):
-        writer = WriterProcess(directory, num_slots=700)
+        writer = WriterProcess(directory, num_slots=700, io=io)
         writers.append(writer)
         writer.wait_for_pages(50)
         time.sleep(1.1 + pauses.random() * 0.5)
@@ -202,10 +215,12 @@ def kill_at_random(writers: list[WriterProcess], directory: Path, rounds: int) -
         owner.tier.close()
 
 
-def test_killed_at_random_moments(writers: list[WriterProcess], tmp_path: Path) -> None:
-    kill_at_random(writers, tmp_path, rounds=5)
+def test_killed_at_random_moments(writers: list[WriterProcess], tmp_path: Path, io: str) -> None:
+    kill_at_random(writers, tmp_path, 5, io)
 
 
 @pytest.mark.long
-def test_killed_at_many_random_moments(writers: list[WriterProcess], tmp_path: Path) -> None:
-    kill_at_random(writers, tmp_path, rounds=50)
+def test_killed_at_many_random_moments(
+    writers: list[WriterProcess], tmp_path: Path, io: str
+) -> None:
+    kill_at_random(writers, tmp_path, 50, io)

@@ -110,7 +110,10 @@ def test_hits_on_the_ssd_change_no_token_after_a_restart(
     assert lower.disk.pages_damaged == 0
 
 
-def test_a_sequence_that_gives_way_returns_without_recomputation(load: Callable[..., LLM]) -> None:
+@pytest.mark.parametrize("form", [{}, {"dtype": "bfloat16", "deterministic": True}])
+def test_a_sequence_that_gives_way_returns_without_recomputation(
+    load: Callable[..., LLM], form: dict[str, Any]
+) -> None:
     """Ten requests that grow to 70 to 106 tokens each, on a device for 160."""
     generator = np.random.default_rng(3)
     prompts = [
@@ -118,8 +121,8 @@ def test_a_sequence_that_gives_way_returns_without_recomputation(load: Callable[
         for n in range(20, 60, 4)
     ]
     params = SamplingParams(temperature=0, max_tokens=50)
-    expected = tokens(load(kv_cache_tokens=4096).generate(prompts, params))
-    options: dict[str, Any] = {"kv_cache_tokens": 160, "max_model_len": 128}
+    expected = tokens(load(kv_cache_tokens=4096, **form).generate(prompts, params))
+    options: dict[str, Any] = {"kv_cache_tokens": 160, "max_model_len": 128} | form
     plain, tiered = load(**options), load(kv_host_bytes=4 * MIB, **options)
     assert tokens(plain.generate(prompts, params)) == expected
     outputs = tiered.generate(prompts, params)
