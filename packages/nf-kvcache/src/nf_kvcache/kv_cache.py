@@ -17,41 +17,13 @@ from nf_kvcache.host_tier import HostTier
 from nf_kvcache.index import make_index
 from nf_kvcache.layout import KVLayout
 from nf_kvcache.lower_tiers import LowerTiers
-from nf_kvcache.offload import HostArrival, IterationOffload
+from nf_kvcache.offload import IterationOffload
 from nf_kvcache.page_table import PageTable
 from nf_kvcache.prefix_match import PrefixMatch
-from nf_kvcache.restore import Restore, RestoreStep
+from nf_kvcache.prefix_restores import PrefixRestores
+from nf_kvcache.sequence import CachedSequence
 from nf_kvcache.stats import KVCacheStats
 from nf_kvcache.tier import Tier
-
-_NO_TOKENS = np.zeros(0, dtype=np.int32)
-
-
-class _Entry:
-    """A sequence: where its pages are, and how far they are filled and indexed."""
-
-    __slots__ = (
-        "arrivals",
-        "forked",
-        "match",
-        "node",
-        "num_tokens",
-        "restores",
-        "row",
-        "salt",
-        "tail",
-    )
-
-    def __init__(self, row: int, node: int, salt: bytes, match: PrefixMatch) -> None:
-        self.row = row
-        self.node = node  # the longest indexed prefix
-        self.salt = salt  # of its root
-        self.num_tokens = 0  # whose KV is complete
-        self.tail = _NO_TOKENS  # those of them that do not fill a page yet
-        self.match = match  # what it began with
-        self.restores: list[Restore] = []  # that it waits for
-        self.arrivals: dict[int, HostArrival] = {}  # by position: full pages on their way down
-        self.forked = False  # its last page may be shared while it is partly filled
 
 
 class KVCache:
@@ -105,26 +77,7 @@ class KVCache:
     ) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages is {num_pages}; expected at least 1.")
-        if host_bytes < 0:
-            raise ValueError(f"host_bytes is {host_bytes}; expected 0 or more.")
-        if disk is not None and not host_bytes:
-            raise ValueError(
-                "host_bytes is 0, and there is a disk tier, whose pages go through the host; give "
-                "the host tier some memory."
-            )
-        if host_bytes and not prefix_caching:
-            raise ValueError(
-                "prefix_caching is False and host_bytes is not 0: lower tiers keep prefixes. Leave "
-                "one of them off."
-            )
-        if disk is not None and (disk.page_bytes, disk.page_size) != (
-            layout.bytes_per_page,
-            layout.page_size,
-        ):
-            raise ValueError(
-                f"disk has pages of {disk.page_bytes} bytes and {disk.page_size} tokens; expected "
-                f"{layout.bytes_per_page} bytes and {layout.page_size} tokens, as in layout."
-            )
+        _check_tiers(layout, host_bytes, disk, prefix_caching)
         device = torch.device(device)
         self.layout = layout
         self.num_pages = num_pages
@@ -132,7 +85,7 @@ class KVCache:
         self._index = make_index(layout.page_size, native=native_index)
         self._device = DevicePages(layout, num_pages, device, self._index)
         self._table = PageTable()
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, CachedSequence] = {}
         self._preempted: set[str] = set()
         self._queried_tokens = 0
         self._hit_tokens = dict.fromkeys(Tier, 0)
@@ -148,6 +101,9 @@ class KVCache:
                 restore_seconds=restore_seconds,
                 clock=clock,
             )
+        self._restores = PrefixRestores(
+            self._device, self._index, self._table, self._lower, layout.page_size
+        )
 
     @property
     def page_size(self) -> int:
@@ -240,7 +196,10 @@ class KVCache:
             self._lower.poll()
         if not all(restore.ended for restore in entry.restores):
             return None
-        return self._end_restore(seq, entry)
+        match = self._restores.end(seq, entry)
+        if match is not None:
+            self._count(match)
+        return match
 
     def poll(self) -> bool:
         """Let what is on its way between the tiers go on.
@@ -300,7 +259,7 @@ class KVCache:
                 arrival = entry.arrivals.pop(first + position, None)
                 if arrival is not None and self._lower is not None:
                     self._lower.expect(arrival, node, entry.salt)
-            self._move(entry, node)
+            entry.move(self._index, node)
 
     def begin_iteration(
         self, seqs: Sequence[str], context_lens: np.ndarray, new_lens: np.ndarray
@@ -320,7 +279,7 @@ class KVCache:
             return None
         starts = np.asarray(context_lens) // self.page_size
         stops = (np.asarray(context_lens) + new_lens) // self.page_size
-        places: list[tuple[_Entry, int]] = []
+        places: list[tuple[CachedSequence, int]] = []
         pages: list[int] = []
         for i in np.flatnonzero(stops > starts).tolist():
             entry = self._entry(seqs[i])
@@ -348,7 +307,7 @@ class KVCache:
             raise ValueError(f"fork of sequence {parent!r}, whose prefix is on its way up.")
         pages = self._table.pages(source.row)[: -(-source.num_tokens // self.page_size)]
         self._device.pool.hold(pages)
-        entry = _Entry(self._table.add_row(), source.node, source.salt, PrefixMatch())
+        entry = CachedSequence(self._table.add_row(), source.node, source.salt, PrefixMatch())
         entry.num_tokens, entry.tail = source.num_tokens, source.tail
         entry.forked = source.forked = True
         self._index.hold(entry.node)
@@ -467,7 +426,7 @@ class KVCache:
                     f"{self._device.pool.references(page)} references."
                 )
 
-    def _entry(self, seq: str) -> _Entry:
+    def _entry(self, seq: str) -> CachedSequence:
         """The state of a sequence that has begun."""
         entry = self._entries.get(seq)
         if entry is None:
@@ -516,7 +475,7 @@ class KVCache:
                 f"{match.num_tokens} already."
             )
         self._require_valid(seq, match)
-        shared_pages = [page for page in self._pages_there(match) if page >= 0]
+        shared_pages = [page for page in self._restores.pages_there(match) if page >= 0]
         return wanted - len(shared_pages), shared_pages
 
     def _require_valid(self, seq: str, match: PrefixMatch) -> None:
@@ -530,116 +489,21 @@ class KVCache:
                     "now. Match again just before you reserve."
                 )
 
-    def _pages_there(self, match: PrefixMatch) -> list[int]:
-        """For every page of a match that on the device, or that it is on its way to; else -1."""
-        pages: list[int] = match.pages[:, Tier.DEVICE].tolist()
-        if self._lower is not None and self._lower.incoming:
-            for i, node in enumerate(match.nodes.tolist()):
-                if pages[i] < 0 and node in self._lower.incoming:
-                    pages[i] = self._lower.incoming[node][0]
-        return pages
-
     def _begin(self, seq: str, match: PrefixMatch, fresh: list[int]) -> None:
         """Make the entry of a new sequence; start what its match needs."""
-        nodes = match.nodes.tolist()
-        node = nodes[-1] if nodes else self._index.root(match.salt)
-        entry = _Entry(self._table.add_row(), node, match.salt, match)
+        node = int(match.nodes[-1]) if len(match.nodes) else self._index.root(match.salt)
+        entry = CachedSequence(self._table.add_row(), node, match.salt, match)
         self._index.hold(node)
         self._entries[seq] = entry
         self._preempted.discard(seq)
-        fresh_pages = iter(fresh)
-        row: list[int] = []
-        steps: list[RestoreStep] = []
-        restores: list[Restore] = []
-        for i, page in enumerate(self._pages_there(match)):
-            if page < 0:
-                page = next(fresh_pages)
-                _, host, slot = match.pages[i].tolist()
-                steps.append(RestoreStep(nodes[i], page, host, slot, ready=host >= 0))
-            elif match.pages[i, Tier.DEVICE] < 0 and self._lower is not None:
-                restore = self._lower.incoming[nodes[i]][1]
-                if restore not in restores:
-                    restores.append(restore)
-            row.append(page)
-        row += fresh_pages
-        self._table.append(entry.row, row)
-        if match.tail is not None:
-            page = row[len(nodes)]
-            steps.append(RestoreStep(0, page, match.tail.page, -1, ready=True))
-        for restore in restores:
-            restore.waiters.add(seq)
-        if steps and self._lower is not None:
-            restores.append(self._lower.restore(seq, steps))
-        entry.restores = restores
+        self._restores.begin(seq, entry, fresh)
         if self._lower is not None:
-            self._lower.touch(nodes)
-        if not restores:
+            self._lower.touch(match.nodes.tolist())
+        if not entry.restores:
             self._count(match)
             entry.num_tokens = match.num_tokens
 
-    def _end_restore(self, seq: str, entry: _Entry) -> PrefixMatch | None:
-        """Go on with what has come; None while there is no page for what has not."""
-        nodes = entry.match.nodes.tolist()
-        pages = self._table.pages(entry.row)
-        came = 0
-        while came < len(nodes) and self._has_come(entry, came, pages[came]):
-            came += 1
-        match = entry.match
-        tail = match.tail
-        if came < len(nodes):
-            if not self._make_private(seq, entry, came, len(nodes)):
-                return None
-            tail = None
-        elif tail is not None and entry.restores[-1].num_arrived < len(entry.restores[-1].steps):
-            tail = None
-        if came < len(nodes) or tail is not match.tail:
-            match = match.first(came, self.page_size)
-        for restore in entry.restores:
-            restore.waiters.discard(seq)
-        entry.restores = []
-        entry.match = match
-        self._move(entry, nodes[came - 1] if came else self._index.root(match.salt))
-        entry.num_tokens = match.num_tokens
-        entry.tail = _NO_TOKENS if tail is None else tail.tokens
-        self._count(match)
-        return match
-
-    def _has_come(self, entry: _Entry, position: int, page: int) -> bool:
-        """Whether a page of the match is on the device."""
-        if entry.match.pages[position, Tier.DEVICE] >= 0:
-            return True
-        return any(
-            page == step.page
-            for restore in entry.restores
-            for step in restore.steps[: restore.num_arrived]
-        )
-
-    def _make_private(self, seq: str, entry: _Entry, start: int, stop: int) -> bool:
-        """Make the pages at these positions ones that `seq` can write to; False if pages are out.
-
-        They belong to a match of which less has come than was promised. A page of a restore that
-        `seq` has begun stays: whoever else has waited for it takes another.
-        """
-        pool = self._device.pool
-        pages = self._table.pages(entry.row)
-        own = {
-            step.page
-            for restore in entry.restores
-            if restore.owner == seq
-            for step in restore.steps[restore.num_arrived :]
-        }
-        for position in range(start, stop):
-            page = pages[position]
-            if pool.references(page) == 1:
-                self._device.displace(page)
-            elif page not in own:
-                if not pool.can_take(1):
-                    return False
-                self._table.replace(entry.row, position, pool.take(1)[0])
-                pool.release([page], keep=self._device.nodes)
-        return True
-
-    def _shared_open(self, entry: _Entry) -> list[int]:
+    def _shared_open(self, entry: CachedSequence) -> list[int]:
         """Positions of pages that are not full and that another sequence refers to as well."""
         first = entry.num_tokens // self.page_size
         return [
@@ -648,7 +512,7 @@ class KVCache:
             if self._device.pool.references(page) > 1
         ]
 
-    def _unshare(self, entry: _Entry, fresh: list[int]) -> None:
+    def _unshare(self, entry: CachedSequence, fresh: list[int]) -> None:
         """Replace pages that are shared while they are not full by copies; takes from `fresh`."""
         if self._lower is not None:
             self._lower.hold_all()
@@ -659,17 +523,37 @@ class KVCache:
             self._device.pool.release([page], keep=self._device.nodes)
         entry.forked = False
 
-    def _move(self, entry: _Entry, node: int) -> None:
-        """Hold another node for a sequence."""
-        self._index.hold(node)
-        self._index.unhold(entry.node)
-        entry.node = node
-
     def _count(self, match: PrefixMatch) -> None:
         """Count the hits of a match that a sequence begins with."""
         self._queried_tokens += match.queried_tokens
         for label, count in match.tokens_by_tier.items():
             self._hit_tokens[Tier[label.upper()]] += count
+
+
+def _check_tiers(
+    layout: KVLayout, host_bytes: int, disk: DiskTier | None, prefix_caching: bool
+) -> None:
+    """Refuse lower tiers that do not fit together."""
+    if host_bytes < 0:
+        raise ValueError(f"host_bytes is {host_bytes}; expected 0 or more.")
+    if disk is not None and not host_bytes:
+        raise ValueError(
+            "host_bytes is 0, and there is a disk tier, whose pages go through the host; give "
+            "the host tier some memory."
+        )
+    if host_bytes and not prefix_caching:
+        raise ValueError(
+            "prefix_caching is False and host_bytes is not 0: lower tiers keep prefixes. Leave "
+            "one of them off."
+        )
+    if disk is not None and (disk.page_bytes, disk.page_size) != (
+        layout.bytes_per_page,
+        layout.page_size,
+    ):
+        raise ValueError(
+            f"disk has pages of {disk.page_bytes} bytes and {disk.page_size} tokens; expected "
+            f"{layout.bytes_per_page} bytes and {layout.page_size} tokens, as in layout."
+        )
 
 
 def _digest(cache_salt: str) -> bytes:
