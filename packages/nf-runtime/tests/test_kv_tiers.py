@@ -2,8 +2,9 @@
 
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from nf_kvcache import IterationOffload
+from nf_kvcache.disk import BlockRequest, ThreadIO
 from nf_runtime import LLM, ModelLoadError, NanoFlowError, RequestOutput, SamplingParams
 
 MakeCheckpoint = Callable[..., Path]
@@ -173,6 +175,33 @@ def flip_bits(path: Path) -> None:
             byte = file.read(1)[0]
             file.seek(offset)
             file.write(bytes([byte ^ 4]))
+
+
+def test_a_disk_that_stands_still_holds_up_no_request(
+    load: Callable[..., LLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one write ends: requests go on, and what finds no time is dropped and counted."""
+    gate = threading.Event()
+
+    class Stalled(ThreadIO):
+        def write_many(self, requests: Sequence[BlockRequest]) -> list[int]:
+            gate.wait(60)
+            return super().write_many(requests)
+
+    expected = tokens(answer(load(), PROMPTS))
+    monkeypatch.setattr("nf_kvcache.disk.tier.default_block_io", Stalled)
+    ssd = {"kv_ssd_dir": str(tmp_path), "kv_ssd_max_bytes": 16 * MIB}
+    llm = load(kv_host_bytes=20 * 24576, **ssd)  # twenty pages
+    started = time.monotonic()
+    assert tokens(answer(llm, PROMPTS * 2)) == expected * 2
+    assert time.monotonic() - started < 30
+    lower = llm.engine.stats.lower_tiers
+    assert lower is not None
+    assert lower.disk is not None
+    assert lower.disk.pages_stored == 0
+    assert lower.disk.pages_queued > 0
+    assert lower.unwritten_pages + lower.skipped_pages > 0
+    gate.set()
 
 
 def test_other_weights_find_nothing(load: Callable[..., LLM], tmp_path: Path) -> None:
