@@ -75,7 +75,7 @@ class SlowCopier(CpuCopier):
     """Downloads wait until they are let go. Without order, the computation does not wait."""
 
     def __init__(self, *, ordered: bool):
-        super().__init__()
+        super().__init__(inline_bytes=0)
         self.gate = threading.Event()
         self.ordered = ordered
 

@@ -127,6 +127,12 @@ class CopyThread:
         self._tasks.put((task, event))
         return event
 
+    def run_now(self, task: Callable[[], None]) -> TaskEvent:
+        """Run a task on the calling thread, before what is queued."""
+        event = TaskEvent()
+        _finish(task, event)
+        return event
+
     def close(self) -> None:
         """Run what is queued, then end."""
         self._tasks.put(None)
@@ -134,23 +140,32 @@ class CopyThread:
 
     def _run(self) -> None:
         while (item := self._tasks.get()) is not None:
-            task, event = item
-            try:
-                task()
-            except Exception:
-                _log.exception("A copy of KV pages failed; they count as not copied")
-                event.finish(failed=True)
-            else:
-                event.finish(failed=False)
+            _finish(*item)
+
+
+def _finish(task: Callable[[], None], event: TaskEvent) -> None:
+    try:
+        task()
+    except Exception:
+        _log.exception("A copy of KV pages failed; they count as not copied")
+        event.finish(failed=True)
+    else:
+        event.finish(failed=False)
 
 
 class CpuCopier:
     """Copies in the memory of the host, on a thread.
 
     The computation runs on the calling thread, so what was ordered before is done before.
+
+    Args:
+        inline_bytes: a download of no more bytes is done by the calling thread, at once: to wake
+            another one, which takes a core from the computation, would cost more. It needs no place
+            in the queue, because a page is neither given away nor read before its copies are done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inline_bytes: int = 256 << 10) -> None:
+        self._inline_bytes = inline_bytes
         self._thread = CopyThread()
         self.download_seconds = 0.0
         self.upload_seconds = 0.0
@@ -169,7 +184,8 @@ class CpuCopier:
                     part[1] = values[page]
             self.download_seconds += time.perf_counter() - started
 
-        done = self._thread.submit(copy)
+        is_small = sum(target.nbytes for target in targets) <= self._inline_bytes
+        done = self._thread.run_now(copy) if is_small else self._thread.submit(copy)
         return Download(done, done)
 
     def upload(
