@@ -119,7 +119,7 @@ lock: setup ## Resolve anew and write requirements.lock
 	@scripts/lock.sh requirements.lock
 
 .PHONY: lock-check
-lock-check: setup ## Fail when requirements.lock is not what a fresh resolution gives
+lock-check: setup ## Fail when requirements.lock is no resolution of what is declared
 	@scripts/lock.sh --check requirements.lock
 
 .PHONY: clean
