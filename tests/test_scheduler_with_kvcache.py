@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nf_kvcache import KVCache, KVLayout
 from nf_scheduler import (
+    Admission,
     Batch,
     FinishReason,
     IterationResult,
@@ -90,7 +91,7 @@ def serve(
 
     An iteration later the next of `aborts` ends early, whether it has begun, gave way, or is over.
     """
-    scheduler = Scheduler(cache, config)
+    scheduler = Scheduler(cache, config, admission=Admission())
     device = PagedDevice(cache, config.max_num_seqs)
     received: dict[str, list[int]] = {request.request_id: [] for request in requests}
     queue = deque(requests)
@@ -182,7 +183,9 @@ def test_tokens_are_those_of_each_request_alone(
 def test_who_gave_way_can_be_aborted():
     """It has no pages then, and the cache remembers that it will come back."""
     cache = make_cache(4)
-    scheduler = Scheduler(cache, SchedulerConfig(max_model_len=16, max_num_seqs=2))
+    scheduler = Scheduler(
+        cache, SchedulerConfig(max_model_len=16, max_num_seqs=2), admission=Admission()
+    )
     device = PagedDevice(cache, 2)
     for name in "ab":
         scheduler.add(Request(name, np.arange(4, dtype=np.int32), max_tokens=12))
@@ -190,9 +193,9 @@ def test_who_gave_way_can_be_aborted():
         batch = scheduler.schedule()
         scheduler.commit(IterationResult(batch.iteration, device.run(batch)))
     assert scheduler.abort("b")
-    assert [event.finish_reason for event in scheduler.take_events()] == [FinishReason.ABORT]
+    assert [event.finish_reason for event in scheduler.take_progress()] == [FinishReason.ABORT]
     scheduler.abort("a")
-    scheduler.take_events()
+    scheduler.take_progress()
     assert cache.stats().pages_used == 0
     cache.check_integrity()
 

@@ -159,6 +159,7 @@ class ScriptedEngine:
             prefix_queried_tokens=32,
             prefix_hit_tokens=16,
             prefix_hit_tokens_by_tier={"device": 11, "host": 5},
+            iterations_ahead=39,
             iterations=10,
             iteration_tokens=100,
             busy_seconds=1.5,
@@ -176,7 +177,7 @@ class ScriptedEngine:
         params: SamplingParams,
         request_id: str | None = None,
         *,
-        cache_salt: str = "",
+        options: Any = None,
     ) -> ScriptedStream:
         if self.dead_reason is not None:
             raise EngineDeadError(self.dead_reason)
@@ -184,6 +185,9 @@ class ScriptedEngine:
         stream = ScriptedStream(request_id or "", prompt_token_ids, self.script)
         self.streams.append(stream)
         return stream
+
+    def check_load(self) -> None:
+        pass
 
     def abort(self, request_id: str) -> None:
         pass

@@ -70,7 +70,11 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("best_of", 2, "unsupported_parameter"),
     ("suffix", "end", "unsupported_parameter"),
     ("guided_json", {}, "unsupported_parameter"),
-    ("priority", 1, "unsupported_parameter"),
+    ("priority", "high", "invalid_value"),
+    ("priority", 10**6, "invalid_value"),
+    ("request_class", 3, "invalid_value"),
+    ("timeout_seconds", 0, "invalid_value"),
+    ("timeout_seconds", "1", "invalid_value"),
 ]
 
 BAD_PROMPTS: list[Any] = [

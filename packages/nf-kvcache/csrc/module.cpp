@@ -47,6 +47,18 @@ int64_t extend(PrefixIndex& index, int64_t node, const py::array& tokens) {
   return index.extend(node, vector_of<int32_t>(tokens, "tokens", "int32", index.page_size()).data());
 }
 
+py::tuple advance(PrefixIndex& index, const py::array& nodes, const py::array& tokens, int64_t tier,
+                  const py::array& pages) {
+  const auto held = vector_of<int64_t>(nodes, "nodes", "int64", -1);
+  const auto count = held.size();
+  const auto keys = vector_of<int32_t>(tokens, "tokens", "int32", count * index.page_size());
+  const auto targets = vector_of<int32_t>(pages, "pages", "int32", count);
+  py::array_t<int64_t> longer = copy_of(held.data(), {count});
+  py::array_t<bool> placed(count);
+  index.advance(longer.mutable_data(), keys.data(), tier, targets.data(), placed.mutable_data(), count);
+  return py::make_tuple(longer, placed);
+}
+
 py::array_t<int32_t> tokens(const PrefixIndex& index, int64_t node) {
   const int32_t* values = index.tokens(node);
   return copy_of(values, {values == nullptr ? 0 : static_cast<py::ssize_t>(index.page_size())});
@@ -88,6 +100,7 @@ PYBIND11_MODULE(_native, m) {
       .def("page", &PrefixIndex::page, py::arg("node"), py::arg("tier"))
       .def("hold", &PrefixIndex::hold, py::arg("node"))
       .def("unhold", &PrefixIndex::unhold, py::arg("node"))
+      .def("advance", &advance, py::arg("nodes"), py::arg("tokens"), py::arg("tier"), py::arg("pages"))
       .def("parent", &PrefixIndex::parent, py::arg("node"))
       .def("salt", [](const PrefixIndex& index, int64_t node) { return py::bytes(index.salt(node)); }, py::arg("node"))
       .def("tokens", &tokens, py::arg("node"))

@@ -209,6 +209,31 @@ void PrefixIndex::unhold(Name node) {
   prune(slot);
 }
 
+void PrefixIndex::advance(Name* nodes, const int32_t* tokens, int64_t tier, const int32_t* pages, bool* placed,
+                          int64_t count) {
+  check_tier(tier);
+  std::unordered_map<Slot, uint32_t> holds;
+  for (int64_t i = 0; i < count; ++i) {
+    const Slot slot = slot_of(nodes[i]);
+    if (++holds[slot] > holders_[slot]) {
+      throw std::invalid_argument("node " + str(nodes[i]) + " is not held; advance moves a hold of each node.");
+    }
+    if (pages[i] < 0) {
+      throw std::invalid_argument("page is " + str(pages[i]) + "; expected 0 to " + str(INT32_MAX) + ".");
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Name next = extend(nodes[i], tokens + i * page_size_);
+    Record& r = record(slot_of(next));
+    int32_t& page = r.pages[static_cast<std::size_t>(tier)];
+    placed[i] = page == kNoPage;
+    if (placed[i]) page = pages[i];
+    ++holders_[slot_of(next)];
+    --holders_[slot_of(nodes[i])];  // it stays: it has a child now
+    nodes[i] = next;
+  }
+}
+
 int32_t PrefixIndex::page(Name node, int64_t tier) const {
   const Slot slot = slot_of(node);
   check_tier(tier);

@@ -63,6 +63,9 @@ class PrefixIndex {
   void displace(Name node, int64_t tier);
   void hold(Name node);
   void unhold(Name node);
+  // For each of `count` held nodes, moves one hold to the prefix that is longer by its page_size tokens, and places that
+  // in its page of the tier unless it has one there. Writes the longer prefixes over the nodes.
+  void advance(Name* nodes, const int32_t* tokens, int64_t tier, const int32_t* pages, bool* placed, int64_t count);
 
   bool is_alive(Name node) const;
   int32_t page(Name node, int64_t tier) const;

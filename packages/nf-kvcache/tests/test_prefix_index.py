@@ -184,7 +184,7 @@ def test_holds_compares_nodes_and_pages(index: PrefixIndex) -> None:
 def test_arguments_that_are_refused(index: PrefixIndex) -> None:
     node = add(index, np.arange(4, dtype=np.int32))
     root, gone = index.root(SALT), node + 12345
-    nodes, pages = np.array([node]), ints(0)
+    nodes, pages, page = np.array([node]), ints(0), ints(1, 2, 3, 4)
     calls: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (ValueError, "tokens is int64", lambda: index.walk(SALT, np.arange(4))),
         (ValueError, "tokens is float32", lambda: index.walk(SALT, np.zeros(4, np.float32))),
@@ -206,6 +206,14 @@ def test_arguments_that_are_refused(index: PrefixIndex) -> None:
         (ValueError, "pages is int64", lambda: index.holds(nodes, 0, nodes)),
         (ValueError, r"expected int32 \[1\]", lambda: index.holds(nodes, 0, ints(0, 1))),
         (TypeError, "numpy", lambda: index.walk(SALT, [1, 2, 3, 4])),
+        (ValueError, "is not held", lambda: index.advance(nodes, page, 0, pages)),
+        (ValueError, r"expected int32 \[4\]", lambda: index.advance(nodes, ints(1), 0, pages)),
+        (
+            ValueError,
+            r"expected int32 \[1\]",
+            lambda: index.advance(nodes, page, 0, ints()),
+        ),
+        (ValueError, "tier is 3", lambda: index.advance(nodes, page, 3, pages)),
     ]
     for name in (gone, 0, -1, 1 << 62, node + 2**40):
         calls += [
@@ -419,6 +427,32 @@ class Machine(RuleBasedStateMachine):
         held = sorted(n for n in self.twin.nodes().tolist() if self.twin.holders(n))
         held = held if from_held else []
         self.removes("unhold", held[number % len(held)] if held else self.pick(number))
+
+    @rule(numbers=st.lists(PICKS, max_size=4), kind=KINDS, tier=st.integers(-1, 3), page=PICKS)
+    def advance(self, numbers, kind, tier, page):
+        """Of nodes most of which are held, some of them twice."""
+        held = sorted(n for n in self.twin.nodes().tolist() if self.twin.holders(n))
+        nodes = [held[n // 8 % len(held)] if held and n % 8 else self.pick(n) for n in numbers]
+        kinds = [(kind + number) % 3 for number in range(len(nodes))]
+        pages = np.arange(len(nodes), dtype=np.int32) + page - (page % 50 == 0)
+        outcomes = []
+        for index, names in (
+            (self.native, [self.native_of[node] for node in nodes]),
+            (self.twin, nodes),
+        ):
+            try:
+                names = np.array(names, dtype=np.int64)
+                outcomes.append(index.advance(names, self.pages(kinds), tier, pages))
+            except (KeyError, ValueError) as error:
+                outcomes.append(re.sub(r"[Nn]ode -?\d+", "node", str(error)))
+        event(f"advanced: {not isinstance(outcomes[0], str)}")
+        if isinstance(outcomes[0], str):
+            assert outcomes[0] == outcomes[1]
+            return
+        (first, placed), (second, expected) = outcomes
+        assert placed.tolist() == expected.tolist()
+        for one, other in zip(first.tolist(), second.tolist(), strict=True):
+            self.meet(one, other)
 
     def removes(self, method, node, *arguments):
         before = len(self.twin)

@@ -55,8 +55,9 @@ async def shared(checkpoint: Path) -> AsyncIterator[AsyncEngine]:
 async def engine(shared: AsyncEngine) -> AsyncIterator[AsyncEngine]:
     """The shared engine, idle after every test."""
     yield shared
-    await until(lambda: shared.stats.num_running == shared.stats.num_waiting == 0)
-    assert shared.stats.kv_pages_used == 0
+    # An iteration that was started ahead may still run.
+    await until(lambda: shared.stats.kv_pages_used == 0)
+    assert shared.stats.num_running == shared.stats.num_waiting == 0
     assert shared.is_alive
 
 

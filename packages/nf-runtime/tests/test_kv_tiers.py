@@ -124,7 +124,10 @@ def test_a_sequence_that_gives_way_returns_without_recomputation(
     ]
     params = SamplingParams(temperature=0, max_tokens=50)
     expected = tokens(load(kv_cache_tokens=4096, **form).generate(prompts, params))
-    options: dict[str, Any] = {"kv_cache_tokens": 160, "max_model_len": 128} | form
+    options: dict[str, Any] = {
+        **{"kv_cache_tokens": 160, "max_model_len": 128, "admission": "greedy"},
+        **form,
+    }
     plain, tiered = load(**options), load(kv_host_bytes=4 * MIB, **options)
     assert tokens(plain.generate(prompts, params)) == expected
     outputs = tiered.generate(prompts, params)

@@ -6,6 +6,8 @@ import torch
 from nf_kernels import ops
 from nf_runtime import SamplingParams
 from nf_runtime.sampler import RequestSampling, Sampler
+from nf_runtime.staging import StagingBuffer
+from nf_scheduler import Batch
 
 
 def request(temperature: float) -> RequestSampling:
@@ -13,12 +15,29 @@ def request(temperature: float) -> RequestSampling:
     return RequestSampling(params, 7, np.array([1], dtype=np.int32), frozenset())
 
 
+def one_decode(name: str, slot: int, position: int) -> Batch:
+    """A batch in which one request samples the token at a position."""
+    return Batch(
+        iteration=0,
+        request_ids=[name],
+        slots=np.array([slot], dtype=np.int32),
+        num_decodes=1,
+        query_start=np.array([0, 1], dtype=np.int32),
+        context_lens=np.array([position - 1], dtype=np.int32),
+        token_ids=np.array([1], dtype=np.int32),
+        samples=np.array([True]),
+    )
+
+
 def draw(sampler: Sampler, name: str, slot: int) -> set[int]:
     drawn = set()
-    for position in range(60):
+    for position in range(1, 61):
         logits = torch.zeros(1, 50)
         logits[0, 3] = 1.0  # what temperature 0 takes, always
-        out, _ = sampler.sample(logits, [name], np.array([slot]), np.array([position]))
+        plan = sampler.plan(one_decode(name, slot, position))
+        staged = StagingBuffer(torch.device("cpu"))
+        staged.fill(plan.arrays)
+        out, _ = sampler.sample(logits, plan, staged)
         drawn.add(int(out[0]))
     return drawn
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nf_scheduler import (
+    Admission,
     Batch,
     FinishReason,
     IterationResult,
@@ -99,6 +100,7 @@ class ToyPages:
         self.preempted: list[tuple[str, int]] = []  # seq, tokens committed; in order
         self.departures: dict[str, int] = {}  # how often it gave up its pages
         self.releases: dict[str, int] = {}
+        self.forks: list[tuple[str, str]] = []
         self.interrupted = 0  # restores that were under way at a preemption or release
         for prompt in stored:
             self._learn(self.on_host, "", prompt)
@@ -106,6 +108,30 @@ class ToyPages:
     @property
     def num_free(self) -> int:
         return self.num_pages - sum(self.pages.values())
+
+    @property
+    def num_available(self) -> int:
+        return self.num_free
+
+    def grow(self, seqs):
+        assert len(set(seqs)) == len(seqs) <= self.num_free
+        for seq in seqs:
+            self.reserve(seq, self.pages[seq] * self.page_size + 1)
+
+    def fork(self, parent, child, num_tokens):
+        assert child not in self.pages
+        assert parent not in self.begun
+        assert num_tokens <= len(self.committed[parent])
+        self.pages[child] = 0  # it shares none of the parent's, which is simple to count
+        self.committed[child] = self.committed[parent][:num_tokens]
+        self.salts[child] = self.salts[parent]
+        self.forks.append((parent, child))
+
+    def commit_pages(self, seqs, token_ids):
+        assert token_ids.shape == (len(seqs), self.page_size)
+        for seq, tokens in zip(seqs, token_ids, strict=True):
+            assert len(self.committed[seq]) % self.page_size == 0
+            self.commit(seq, tokens)
 
     def match(self, token_ids, *, seq="", cache_salt=""):
         def extend(stop, *tiers):
@@ -222,12 +248,14 @@ class Life:
 class ToyEngine:
     """Runs a scheduler `lag` iterations ahead of its results, and checks all it does."""
 
-    def __init__(self, pages, config: SchedulerConfig, lag: int = 0):
+    def __init__(self, pages, config: SchedulerConfig, lag: int = 0, **parts):
         self.pages = pages
         self.config = config
         self.lag = lag
         self.now = 0.0
-        self.scheduler = Scheduler(pages, config, clock=lambda: self.now)
+        parts = {"admission": Admission()} | parts
+        self.policy = parts.get("policy")
+        self.scheduler = Scheduler(pages, config, clock=lambda: self.now, **parts)
         self.lives: dict[str, Life] = {}
         self.in_flight: deque[tuple[Batch, np.ndarray]] = deque()
         self.committed = -1  # last committed iteration
@@ -248,7 +276,7 @@ class ToyEngine:
         assert alive == expected
         self._check_restores()
         self.scheduler.check_integrity()
-        self._take(self.scheduler.take_events())
+        self._take(self.scheduler.take_progress())
         return alive
 
     def step(self) -> None:
@@ -294,7 +322,7 @@ class ToyEngine:
         assert self.scheduler.num_restoring == 0
         left = (self.pages.salts, self.pages.kept, self.pages.begun, self.pages.left)
         assert left == ({}, {}, {}, {}), "a sequence did not end"
-        assert self.scheduler.take_events() == []
+        assert not self.scheduler.take_progress()
 
     def _is_finished(self, request_id: str) -> bool:
         try:
@@ -319,7 +347,9 @@ class ToyEngine:
         n, config = len(batch), self.config
         assert batch.iteration == len(self.batches)
         assert 1 <= n <= config.max_num_seqs
-        assert 1 <= batch.num_tokens <= config.max_num_batched_tokens
+        limit = config.budget_for(batch.num_decodes).num_tokens
+        assert 1 <= batch.num_tokens <= max(limit, batch.num_decodes)
+        assert batch.num_tokens <= config.max_num_batched_tokens
         assert batch.query_start[0] == 0
         assert batch.query_start[-1] == batch.num_tokens
         for name in ("slots", "query_start", "context_lens", "token_ids"):
@@ -373,7 +403,7 @@ class ToyEngine:
             assert len(new) == 1
             assert start >= life.prompt_len
         else:
-            assert 1 <= len(new) <= self.config.prefill_chunk
+            assert 1 <= len(new) <= self.config.budget_for(batch.num_decodes).prefill_chunk
 
     def _check_pages(self) -> None:
         """What the pages were told of is true, and who was preempted left all the KV it had."""

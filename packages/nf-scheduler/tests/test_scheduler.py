@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nf_scheduler import (
+    Admission,
     FinishReason,
     IterationResult,
     Request,
@@ -27,9 +28,15 @@ def request(name: str, prompt_len: int, max_tokens: int, **kwargs) -> Request:
     return Request(name, prompt, max_tokens, **kwargs)
 
 
+def greedy(pages, config, **parts) -> Scheduler:
+    """A scheduler that admits whoever finds pages now, such that they run out."""
+    return Scheduler(pages, config, admission=Admission(), **parts)
+
+
 def commit(scheduler: Scheduler, batch, *token_ids: int):
-    """Answer a batch by hand."""
-    return scheduler.commit(IterationResult(batch.iteration, np.array(token_ids, dtype=np.int32)))
+    """Answer a batch by hand; the events."""
+    result = IterationResult(batch.iteration, np.array(token_ids, dtype=np.int32))
+    return list(scheduler.commit(result))
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def pages(toy):
 
 
 def test_decodes_come_first_and_prefill_chunks_fill_the_budget(toy, pages):
-    scheduler = Scheduler(pages, config(max_num_batched_tokens=8))
+    scheduler = greedy(pages, config(max_num_batched_tokens=8))
     scheduler.add(request("a", 3, 10))
     scheduler.add(request("b", 12, 10))
     scheduler.add(request("c", 2, 10))
@@ -61,7 +68,7 @@ def test_decodes_come_first_and_prefill_chunks_fill_the_budget(toy, pages):
 
 
 def test_one_prompt_does_not_take_more_than_its_chunk(pages):
-    scheduler = Scheduler(pages, config(max_num_batched_tokens=8, max_prefill_chunk=3))
+    scheduler = greedy(pages, config(max_num_batched_tokens=8, max_prefill_chunk=3))
     for name in ("a", "b", "c"):
         scheduler.add(request(name, 5, 1))
     assert scheduler.schedule().query_start.tolist() == [0, 3, 6, 8]
@@ -70,14 +77,14 @@ def test_one_prompt_does_not_take_more_than_its_chunk(pages):
 
 
 def test_a_lone_small_request_is_not_padded(pages):
-    scheduler = Scheduler(pages, config(max_num_batched_tokens=512))
+    scheduler = greedy(pages, config(max_num_batched_tokens=512))
     scheduler.add(request("a", 3, 4))
     assert scheduler.schedule().num_tokens == 3
     assert scheduler.schedule().num_tokens == 1
 
 
 def test_a_token_in_flight_is_minus_one_until_it_is_committed(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 5))
     first, second, third = (scheduler.schedule() for _ in range(3))
     assert second.token_ids.tolist() == third.token_ids.tolist() == [-1]
@@ -89,7 +96,7 @@ def test_a_token_in_flight_is_minus_one_until_it_is_committed(pages):
 
 
 def test_nothing_is_scheduled_beyond_max_tokens(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 2))
     first, second = scheduler.schedule(), scheduler.schedule()
     assert scheduler.schedule() is None
@@ -100,7 +107,7 @@ def test_nothing_is_scheduled_beyond_max_tokens(pages):
 
 
 def test_stop_at_the_lag_boundary_drops_the_speculative_token_and_frees_once(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 10, stop_token_ids=frozenset({5})))
     first, second = scheduler.schedule(), scheduler.schedule()
     (event,) = commit(scheduler, first, 5)
@@ -137,7 +144,7 @@ def test_a_slot_is_not_reused_while_an_iteration_in_flight_uses_it(toy, pages, l
     [(0, [5], "stop"), (1, [5], "stop"), (2, [5, 5], "stop"), (9, [5, 5, 5], "length")],
 )
 def test_stop_ids_count_from_min_tokens_on(pages, min_tokens, tokens, reason):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     stops = frozenset({5})
     scheduler.add(request("a", 3, 3, min_tokens=min_tokens, stop_token_ids=stops))
     received = []
@@ -173,7 +180,7 @@ def test_when_pages_run_out_the_latest_arrival_gives_way_and_comes_back(toy, lag
 
 def test_a_preempted_request_computes_its_output_again_but_does_not_sample_it(toy):
     pages = toy.Pages(page_size=4, num_pages=4)
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 7, 9))
     scheduler.add(request("b", 7, 9, reuse_prefix=False))
     commit(scheduler, scheduler.schedule(), 1, 51)
@@ -194,7 +201,7 @@ def test_a_preempted_request_computes_its_output_again_but_does_not_sample_it(to
 
 def test_who_is_in_flight_is_not_preempted_but_held_back(toy):
     pages = toy.Pages(page_size=4, num_pages=4)
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 7, 9))
     scheduler.add(request("b", 7, 9))
     first, second = scheduler.schedule(), scheduler.schedule()
@@ -209,7 +216,7 @@ def test_who_is_in_flight_is_not_preempted_but_held_back(toy):
 
 def test_the_oldest_does_not_wait_until_younger_ones_have_filled_their_pages(toy):
     pages = toy.Pages(page_size=4, num_pages=4)
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 7, 9))
     scheduler.add(request("b", 5, 9))  # has room for three more tokens
     first, second = scheduler.schedule(), scheduler.schedule()
@@ -225,7 +232,7 @@ def test_the_oldest_does_not_wait_until_younger_ones_have_filled_their_pages(toy
 
 def test_others_go_on_while_one_waits_for_the_pages_of_a_younger_one_in_flight(toy):
     pages = toy.Pages(page_size=4, num_pages=6)
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     for name, length in (("a", 7), ("b", 5), ("c", 5)):
         scheduler.add(request(name, length, 9))
     scheduler.schedule()
@@ -238,21 +245,26 @@ def test_nobody_starts_while_a_running_request_lacks_a_page(toy):
 
     class Pages(toy.Pages):
         def can_reserve(self, seq, num_tokens, match=None):
-            return super().can_reserve(seq, num_tokens, match) and num_tokens != self.refused
+            return super().can_reserve(seq, num_tokens, match) and not self.refused
+
+        @property
+        def num_available(self):
+            return 0 if self.refused else super().num_available
 
     pages = Pages(page_size=4, num_pages=64)
-    pages.refused = 5
-    scheduler = Scheduler(pages, config(max_num_batched_tokens=4))
+    pages.refused = False
+    scheduler = greedy(pages, config(max_num_batched_tokens=4))
     scheduler.add(request("a", 4, 9))
     commit(scheduler, scheduler.schedule(), 1)
     scheduler.add(request("b", 2, 9))
+    pages.refused = True
     assert scheduler.schedule() is None
-    pages.refused = None
+    pages.refused = False
     assert scheduler.schedule().request_ids == ["a", "b"]
 
 
 def test_a_prefill_in_flight_is_held_back_too(toy):
-    scheduler = Scheduler(
+    scheduler = greedy(
         toy.Pages(page_size=4, num_pages=12),
         config(max_num_batched_tokens=64, max_prefill_chunk=8),
     )
@@ -269,7 +281,7 @@ def test_a_prefill_in_flight_is_held_back_too(toy):
 
 
 def test_a_cached_prefix_is_not_computed_but_the_last_token_always_is(toy, pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     prompt = np.arange(8, dtype=np.int32)
     scheduler.add(Request("a", prompt, 1))
     commit(scheduler, scheduler.schedule(), 5)
@@ -284,27 +296,27 @@ def test_a_cached_prefix_is_not_computed_but_the_last_token_always_is(toy, pages
 
 
 def test_abort_in_the_queue_takes_effect_at_once(pages):
-    scheduler = Scheduler(pages, config(), clock=lambda: 3.0)
+    scheduler = greedy(pages, config(), clock=lambda: 3.0)
     scheduler.add(request("a", 3, 4))
     assert scheduler.abort("a")
-    (event,) = scheduler.take_events()
+    (event,) = scheduler.take_progress()
     assert (event.request_id, event.token_id) == ("a", None)
     assert event.finish_reason is FinishReason.ABORT
     assert event.ledger.first_scheduled is None
     assert event.ledger.finished == 3.0
-    assert scheduler.take_events() == []
+    assert not scheduler.take_progress()
     assert not scheduler.has_work
     assert not scheduler.abort("a")
 
 
 def test_abort_in_flight_takes_effect_with_its_last_iteration(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 9))
     scheduler.add(request("b", 3, 9))
     first, second = scheduler.schedule(), scheduler.schedule()
     assert scheduler.abort("a")
     assert not scheduler.abort("a")
-    assert scheduler.take_events() == []
+    assert not scheduler.take_progress()
     assert [event.request_id for event in commit(scheduler, first, 1, 2)] == ["b"]
     assert "a" in pages.pages
     events = commit(scheduler, second, 3, 4)
@@ -313,19 +325,19 @@ def test_abort_in_flight_takes_effect_with_its_last_iteration(pages):
 
 
 def test_abort_between_iterations_is_reported_by_the_next_commit(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 9))
     scheduler.add(request("b", 3, 9))
     commit(scheduler, scheduler.schedule(), 1, 2)
     assert scheduler.abort("a")
     assert "a" not in pages.pages
     events = commit(scheduler, scheduler.schedule(), 3)
-    assert [(event.request_id, event.token_id) for event in events] == [("a", None), ("b", 3)]
-    assert events[0].ledger.output_tokens == 1
+    assert [(event.request_id, event.token_id) for event in events] == [("b", 3), ("a", None)]
+    assert events[1].ledger.output_tokens == 1
 
 
 def test_an_id_can_be_used_again_after_the_request_has_gone(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 1))
     with pytest.raises(ValueError, match="request_id 'a' is in use"):
         scheduler.add(request("a", 3, 1))
@@ -349,7 +361,7 @@ def test_the_ledger_tells_times_and_counts(toy):
 
 
 def test_requests_that_can_never_fit_are_refused_by_name_and_number(pages):
-    scheduler = Scheduler(pages, config(max_model_len=1000))
+    scheduler = greedy(pages, config(max_model_len=1000))
     with pytest.raises(ValueError, match=r"may reach 1001 tokens \(991 of the prompt.*Shorten"):
         scheduler.add(request("a", 991, 10))
     with pytest.raises(ValueError, match=r"258 tokens, which take 65 pages.* has 64"):
@@ -389,7 +401,7 @@ def test_bad_limits_are_refused(name):
 
 
 def test_results_out_of_order_or_of_the_wrong_size_are_refused(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     result = IterationResult(0, np.zeros(1, dtype=np.int32))
     with pytest.raises(ValueError, match="none is in flight"):
         scheduler.commit(result)
@@ -400,7 +412,7 @@ def test_results_out_of_order_or_of_the_wrong_size_are_refused(pages):
         scheduler.commit(IterationResult(1, np.zeros(1, dtype=np.int32)))
     with pytest.raises(ValueError, match=r"has shape \(2,\); expected \(1,\)"):
         scheduler.commit(IterationResult(0, np.zeros(2, dtype=np.int32)))
-    assert len(scheduler.commit(result)) == 1
+    assert scheduler.commit(result).request_ids == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +425,7 @@ def test_results_out_of_order_or_of_the_wrong_size_are_refused(pages):
     ],
 )
 def test_integrity_check_finds_a_wrong_count(pages, name, message):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 4))
     scheduler.schedule()
     scheduler.check_integrity()
@@ -423,10 +435,10 @@ def test_integrity_check_finds_a_wrong_count(pages, name, message):
 
 
 def test_integrity_check_finds_a_request_in_two_places(pages):
-    scheduler = Scheduler(pages, config())
+    scheduler = greedy(pages, config())
     scheduler.add(request("a", 3, 4))
     scheduler.schedule()
-    scheduler._queue.append(scheduler._sequences["a"])
+    scheduler._queue.add(scheduler._sequences["a"])
     with pytest.raises(RuntimeError, match="queued twice, or queued while it occupies a slot"):
         scheduler.check_integrity()
 

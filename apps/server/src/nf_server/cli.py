@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nf_server.byte_size import parse_byte_size
+from nf_server.service_level import parse_service_levels
 
 app = typer.Typer(
     name="nanoflow",
@@ -35,6 +36,33 @@ class GenerationConfig(StrEnum):
     VLLM = "vllm"
 
 
+class PolicyName(StrEnum):
+    """Values of --policy."""
+
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+    SHORTEST = "shortest"
+    PREFIX = "prefix"
+    SLO = "slo"
+
+
+class AdmissionName(StrEnum):
+    """Values of --admission."""
+
+    PREDICT = "predict"
+    RESERVE = "reserve"
+    GREEDY = "greedy"
+
+
+class SimulatedAdmission(StrEnum):
+    """Values of --admission of `simulate`."""
+
+    PREDICT = "predict"
+    RESERVE = "reserve"
+    GREEDY = "greedy"
+    ORACLE = "oracle"
+
+
 Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, bfloat16, float16 or float32; auto is the checkpoint's.")
@@ -55,6 +83,39 @@ LoadFormat = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the engine.")]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or hub id of the tokenizer.", show_default="MODEL")
+]
+MaxNumQueuedReqs = Annotated[
+    int,
+    typer.Option(help="Requests that may wait for their first token; more are refused.", min=1),
+]
+MaxNumQueuedTokens = Annotated[
+    int | None,
+    typer.Option(help="Prompt tokens of these, together.", min=1, show_default="no bound"),
+]
+PolicyOption = Annotated[
+    PolicyName,
+    typer.Option(
+        help="Who goes first: who came first, the lowest 'priority', the least work, those whose "
+        "prefix is cached, or those whose --service-level is due."
+    ),
+]
+ServiceLevels = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[CLASS:]TTFT,TPOT",
+        help="For --policy slo: seconds to the first token and per token after it, as 0.5,0.05, "
+        "of all requests or of those with this 'request_class'; repeatable.",
+    ),
+]
+AdmissionOption = Annotated[
+    AdmissionName,
+    typer.Option(
+        help="When a request may start: if the predicted peak of all fits the KV cache, if all "
+        "could reach their max_tokens, or if it fits now."
+    ),
+]
+AsyncScheduling = Annotated[
+    bool, typer.Option(help="Form and start each iteration while the one before runs.")
 ]
 KvCacheTokens = Annotated[
     int | None, typer.Option(help="Size of the KV cache in tokens.", show_default="from memory")
@@ -124,6 +185,12 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    max_num_queued_reqs: MaxNumQueuedReqs = 1024,
+    max_num_queued_tokens: MaxNumQueuedTokens = None,
+    policy: PolicyOption = PolicyName.FCFS,
+    service_level: ServiceLevels = None,
+    admission: AdmissionOption = AdmissionName.PREDICT,
+    async_scheduling: AsyncScheduling = True,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
     kv_host_bytes: KvHostBytes = None,
@@ -156,6 +223,12 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_num_queued_reqs=max_num_queued_reqs,
+        max_num_queued_tokens=max_num_queued_tokens,
+        policy=policy.value,
+        service_levels=parse_service_levels(service_level) if service_level else None,
+        admission=admission.value,
+        async_scheduling=async_scheduling,
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
         kv_host_bytes=kv_host_bytes,
@@ -302,6 +375,91 @@ def memory(
         kv_host_bytes=kv_host_bytes,
     )
     raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
+
+
+@app.command()
+def simulate(
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Trace with the columns TIMESTAMP, ContextTokens, GeneratedTokens.",
+        ),
+    ],
+    requests: Annotated[
+        int | None, typer.Option(help="Requests to take.", min=1, show_default="all")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Requests per second, at random; inf is all at once.",
+            show_default="the trace's times; all at once if it has none",
+        ),
+    ] = None,
+    policy: PolicyOption = PolicyName.FCFS,
+    service_level: ServiceLevels = None,
+    admission: Annotated[
+        SimulatedAdmission,
+        typer.Option(help="When a request may start; oracle knows how long answers get."),
+    ] = SimulatedAdmission.PREDICT,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the admissions reserve, predict and oracle.")
+    ] = False,
+    pages: Annotated[int, typer.Option(help="Pages of the KV cache.", min=1)] = 20_000,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page.", min=1)] = 16,
+    max_tokens: Annotated[int, typer.Option(help="Limit of every answer.", min=1)] = 1024,
+    max_model_len: Annotated[
+        int, typer.Option(help="Tokens of prompt and answer; longer prompts are left out.", min=2)
+    ] = 8192,
+    max_num_seqs: Annotated[int, typer.Option(help="Most requests in one batch.", min=1)] = 1024,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Most tokens in one batch.", min=1)
+    ] = 2048,
+    async_scheduling: AsyncScheduling = True,
+    cost: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.json",
+            help="How long iterations take: qwen3-30b-a3b-h200, llama-3-8b-h200, or a file.",
+        ),
+    ] = "qwen3-30b-a3b-h200",
+    seed: Annotated[int, typer.Option(help="Of random arrivals.")] = 0,
+    plot: Annotated[
+        str, typer.Option(metavar="FILE.svg", help="Where to draw it; svg, png or pdf.")
+    ] = "simulation.svg",
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run the scheduler against a trace of requests, in computed time; needs no device.
+
+    Exit code: 0, or 1 after an error.
+    """
+    from nf_server.commands import simulate as command
+
+    raise typer.Exit(
+        command.run(
+            trace,
+            num_requests=requests,
+            rate=rate,
+            seed=seed,
+            policy=policy.value,
+            service_levels=parse_service_levels(service_level or []),
+            compare=compare,
+            cost=cost,
+            plot=None if no_plot else plot,
+            as_json=as_json,
+            options={
+                "num_pages": pages,
+                "page_size": page_size,
+                "max_tokens": max_tokens,
+                "max_model_len": max_model_len,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "admission": admission.value,
+                "lag": 1 if async_scheduling else 0,
+            },
+        )
+    )
 
 
 @app.command()

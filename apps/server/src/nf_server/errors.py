@@ -116,6 +116,27 @@ def model_not_found(name: str, known: tuple[str, ...]) -> ApiError:
     )
 
 
+def overloaded(error: Exception) -> ApiError:
+    """HTTP 429: too many requests wait already. Clients retry by the wording and the header."""
+    return ApiError(
+        429,
+        clip(f"Rate limit: {error}. Try again in a moment.", MAX_MESSAGE_CHARS),
+        code="queue_full",
+        type="overloaded_error",
+        headers={"retry-after": "1"},
+    )
+
+
+def deadline_exceeded() -> ApiError:
+    """HTTP 408: the request ran out of the time that it gave itself, without a token."""
+    return ApiError(
+        408,
+        "No token was generated within 'timeout_seconds'; the request waited all that time.",
+        code="deadline_exceeded",
+        param="timeout_seconds",
+    )
+
+
 def engine_unavailable() -> ApiError:
     """HTTP 503: the engine process has gone."""
     return ApiError(

@@ -11,8 +11,20 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from nf_kvcache.tier import Tier
-from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError, RequestStream
-from nf_server.errors import ApiError, engine_unavailable, server_stopping
+from nf_runtime import (
+    ChoiceDelta,
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestStream,
+)
+from nf_server.errors import (
+    ApiError,
+    deadline_exceeded,
+    engine_unavailable,
+    overloaded,
+    server_stopping,
+)
 from nf_server.metrics import ServerMetrics
 from nf_server.request_log import Outcome, RequestRecord
 from nf_server.sampling import from_invalid_request
@@ -62,7 +74,8 @@ class Generation:
         """What the engine produces, as (number of the prompt's first choice, deltas).
 
         Raises:
-            ApiError: the engine has died, or has refused or aborted the request.
+            ApiError: the engine has died, or has refused or aborted the request, or it has run out
+                of time without a token.
         """
         try:
             if len(self.streams) == 1:
@@ -78,6 +91,8 @@ class Generation:
             raise engine_unavailable() from None
         except InvalidRequestError as error:
             raise from_invalid_request(error) from None
+        except OverloadedError as error:
+            raise overloaded(error) from None
 
     def _count(self, base: int, deltas: Deltas) -> None:
         if self.record.first_token is None:
@@ -90,7 +105,13 @@ class Generation:
                 continue
             if delta.finish_reason == "abort":
                 raise server_stopping()
-            if delta.finish_reason == "length":
+            if delta.finish_reason == "timeout":
+                if not self._outputs[base + delta.index]:
+                    raise deadline_exceeded()
+                # To a client, an answer that ran out of time is one that was cut off.
+                delta.finish_reason = "length"
+                self._outcome = Outcome.TIMEOUT
+            elif delta.finish_reason == "length" and self._outcome is not Outcome.TIMEOUT:
                 self._outcome = Outcome.LENGTH
 
     def usage(self) -> dict[str, Any]:
@@ -168,6 +189,8 @@ class Generation:
         except ApiError as error:
             if error.code == "server_shutdown":
                 outcome = Outcome.ABORT_SERVER
+            elif error.code == "deadline_exceeded":
+                outcome = Outcome.TIMEOUT
             elif error.status < 500:
                 outcome = Outcome.REJECTED
             raise

@@ -147,11 +147,16 @@ class _EngineCollector(Collector):
         yield from kv_metrics(stats)
         yield CounterMetricFamily(
             "nanoflow_preemptions",
-            "Times that a sequence lost its pages to an older one.",
+            "Times that a sequence lost its pages to another one.",
             value=stats.preemptions,
         )
         yield CounterMetricFamily(
             "nanoflow_iterations", "Iterations of the engine.", value=stats.iterations
+        )
+        yield CounterMetricFamily(
+            "nanoflow_iterations_ahead",
+            "Iterations that were formed and started while another one ran.",
+            value=stats.iterations_ahead,
         )
         yield CounterMetricFamily(
             "nanoflow_iteration_tokens",

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TIMEOUT = "timeout"
     ABORT_CLIENT = "abort_client"
     ABORT_SERVER = "abort_server"
     REJECTED = "rejected"

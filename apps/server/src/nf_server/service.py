@@ -11,6 +11,8 @@ from nf_runtime import (
     AsyncEngine,
     EngineDeadError,
     InvalidRequestError,
+    OverloadedError,
+    RequestOptions,
     RequestStream,
     SamplingParams,
 )
@@ -18,6 +20,7 @@ from nf_server.errors import (
     bad_request,
     engine_unavailable,
     model_not_found,
+    overloaded,
     server_stopping,
 )
 from nf_server.generation import Generation
@@ -65,6 +68,17 @@ class InferenceService:
         if name not in self.settings.model_names:
             raise model_not_found(name, self.settings.model_names)
         return name
+
+    def check_load(self) -> None:
+        """Refuse a request that there is no room for, before any work goes into it.
+
+        Raises:
+            ApiError: 429.
+        """
+        try:
+            self.engine.check_load()
+        except OverloadedError as error:
+            raise overloaded(error) from None
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
@@ -114,17 +128,18 @@ class InferenceService:
         prompts: Sequence[tuple[list[int], SamplingParams]],
         record: RequestRecord,
         *,
-        cache_salt: str | None,
+        options: RequestOptions,
     ) -> Generation:
         """Hand prompts to the engine: all of them or none.
 
         Args:
             prompts: Token ids, and how to go on.
             record: The account of the request.
-            cache_salt: Only requests with the same one share KV.
+            options: When and next to whom they run.
 
         Raises:
-            ApiError: 400 when the engine refuses one; 503 when it has died or the server stops.
+            ApiError: 400 when the engine refuses one; 429 when it has too many; 503 when it has
+                died or the server stops.
         """
         if self._stopping:
             raise server_stopping()
@@ -132,14 +147,16 @@ class InferenceService:
         try:
             for number, (token_ids, params) in enumerate(prompts):
                 request_id = f"{record.completion_id}-{number}"
-                streams.append(
-                    self.engine.submit(
-                        token_ids, params, request_id=request_id, cache_salt=cache_salt or ""
-                    )
+                stream = self.engine.submit(
+                    token_ids, params, request_id=request_id, options=options
                 )
+                streams.append(stream)
         except InvalidRequestError as error:
             self._withdraw(streams)
             raise from_invalid_request(error) from None
+        except OverloadedError as error:
+            self._withdraw(streams)
+            raise overloaded(error) from None
         except EngineDeadError:
             raise engine_unavailable() from None
         num_choices = prompts[0][1].n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from nf_kvcache.copier import Layer
@@ -47,6 +48,10 @@ class DevicePages:
         if self._index.page(node, Tier.DEVICE) < 0:
             self._index.place(node, Tier.DEVICE, page)
             self.nodes[page] = node
+
+    def placed(self, nodes: np.ndarray, pages: np.ndarray) -> None:
+        """Take notice that the index knows some pages, int32 [n], by their nodes, int64 [n]."""
+        self.nodes.update(zip(pages.tolist(), nodes.tolist(), strict=True))
 
     def displace(self, page: int) -> None:
         """Say that what `page` holds is not to be found any more, if it was."""

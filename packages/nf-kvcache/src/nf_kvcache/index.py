@@ -100,6 +100,29 @@ class PrefixIndex(Protocol):
         """
         ...
 
+    def advance(
+        self, nodes: np.ndarray, tokens: np.ndarray, tier: int, pages: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Move one hold of each of some nodes to the prefix that is a page longer.
+
+        As `extend`, `page`, `place` unless there is a page, `hold` and `unhold` for one after the
+        other; none of them loses its last page, child or hold by that.
+
+        Args:
+            nodes: int64 [k], held at least as often as they occur.
+            tokens: int32 [k * page_size], the page that follows each.
+            tier: where the pages are.
+            pages: int32 [k], of that tier.
+
+        Returns:
+            The longer prefixes, int64 [k]; and whether each was placed, bool [k]: False where it
+            has another page there already.
+
+        Raises:
+            ValueError: no such tier or page, or a node that is not held so often.
+        """
+        ...
+
     def parent(self, node: int) -> int:
         """The prefix that is one page shorter; 0 for a root."""
         ...

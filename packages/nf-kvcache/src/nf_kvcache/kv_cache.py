@@ -21,7 +21,7 @@ from nf_kvcache.offload import IterationOffload
 from nf_kvcache.page_table import PageTable
 from nf_kvcache.prefix_match import PrefixMatch
 from nf_kvcache.prefix_restores import PrefixRestores
-from nf_kvcache.sequence import CachedSequence
+from nf_kvcache.sequence import NO_TOKENS, CachedSequence
 from nf_kvcache.stats import KVCacheStats
 from nf_kvcache.tier import Tier
 
@@ -115,6 +115,11 @@ class KVCache:
         """K and V of every layer."""
         return self._device.layers
 
+    @property
+    def num_available(self) -> int:
+        """Pages of the device that no sequence refers to."""
+        return self._device.pool.num_free + self._device.pool.num_idle
+
     def match(self, token_ids: np.ndarray, *, seq: str = "", cache_salt: str = "") -> PrefixMatch:
         """Find the longest prefix of `token_ids` whose KV exists in any tier.
 
@@ -179,6 +184,21 @@ class KVCache:
         else:
             self._table.append(entry.row, pages)
 
+    def grow(self, seqs: Sequence[str]) -> None:
+        """Give each of some sequences one more page, as `reserve` would, but all at once.
+
+        Raises:
+            OutOfPages: there are not enough; nothing has changed.
+            KeyError: no such sequence; nothing has changed.
+        """
+        entries = [self._entry(seq) for seq in seqs]
+        open_pages = sum(len(self._shared_open(entry)) for entry in entries if entry.forked)
+        pages = self._device.pool.take(len(entries) + open_pages)
+        for entry in entries:
+            if entry.forked:
+                self._unshare(entry, pages)  # takes those that it needs
+        self._table.append_one([entry.row for entry in entries], pages)
+
     def restored(self, seq: str) -> PrefixMatch | None:
         """What has come of the match that `seq` began with.
 
@@ -233,7 +253,8 @@ class KVCache:
         """
         entry = self._entry(seq)
         tokens = np.asarray(token_ids, dtype=np.int32)
-        room = self._table.length(entry.row) * self.page_size
+        page_size = self.layout.page_size
+        room = self._table.length(entry.row) * page_size
         if entry.num_tokens + len(tokens) > room:
             raise ValueError(
                 f"commit of {len(tokens)} tokens to sequence {seq!r}, which has filled "
@@ -244,22 +265,76 @@ class KVCache:
                 f"commit to sequence {seq!r}, whose prefix is on its way up; wait until restored() "
                 "gives a match."
             )
-        first = entry.num_tokens // self.page_size
+        first = entry.num_tokens // page_size
         entry.num_tokens += len(tokens)
-        data = np.concatenate((entry.tail, tokens))
-        full = len(data) // self.page_size
-        entry.tail = data[full * self.page_size :]
+        data = np.concatenate((entry.tail, tokens)) if len(entry.tail) else tokens
+        full, rest = divmod(len(data), page_size)
+        entry.tail = data[-rest:] if rest else NO_TOKENS
         if full and self._prefix_caching:
-            node = entry.node
-            pages = self._table.pages(entry.row, first)
-            for position in range(full):
-                key = data[position * self.page_size : (position + 1) * self.page_size]
-                node = self._index.extend(node, key)
-                self._device.place(node, pages[position])
-                arrival = entry.arrivals.pop(first + position, None)
+            self._index_pages(entry, first, data, full)
+
+    def _index_pages(
+        self, entry: CachedSequence, first: int, tokens: np.ndarray, count: int
+    ) -> None:
+        """Let pages of a sequence be found.
+
+        Args:
+            entry: the sequence.
+            first: position of the first of these pages.
+            tokens: int32, what is in them; those of the first that is not full come last.
+            count: of full pages.
+        """
+        node, page_size = entry.node, self.layout.page_size
+        for i, page in enumerate(self._table.pages(entry.row, first, first + count)):
+            node = self._index.extend(node, tokens[i * page_size : (i + 1) * page_size])
+            self._device.place(node, page)
+            if entry.arrivals:
+                arrival = entry.arrivals.pop(first + i, None)
                 if arrival is not None and self._lower is not None:
                     self._lower.expect(arrival, node, entry.salt)
-            entry.move(self._index, node)
+        entry.move(self._index, node)
+
+    def commit_pages(self, seqs: Sequence[str], token_ids: np.ndarray) -> None:
+        """Say that one more page of each of some sequences is complete: `commit`, but all at once.
+
+        Args:
+            seqs: names of n sequences, each with only full pages committed so far.
+            token_ids: int32 [n, page_size], what is in the page of each.
+
+        Raises:
+            KeyError, ValueError: as `commit`, or a page that was committed in part; nothing has
+                changed.
+        """
+        page_size = self.layout.page_size
+        tokens = np.ascontiguousarray(token_ids, dtype=np.int32)
+        if tokens.shape != (len(seqs), page_size):
+            raise ValueError(
+                f"token_ids has shape {tokens.shape}; expected ({len(seqs)}, {page_size})."
+            )
+        entries = [self._entry(seq) for seq in seqs]
+        positions = [entry.num_tokens // page_size for entry in entries]
+        for entry, seq, position in zip(entries, seqs, positions, strict=True):
+            if len(entry.tail) or entry.restores or position >= self._table.length(entry.row):
+                raise ValueError(
+                    f"commit of a page to sequence {seq!r}, which has no such page, has filled a "
+                    "part of it, or waits for its prefix; use commit."
+                )
+        if self._prefix_caching:
+            pages = self._table.at([entry.row for entry in entries], positions)
+            nodes, placed = self._index.advance(
+                np.array([entry.node for entry in entries], dtype=np.int64),
+                tokens.reshape(-1),
+                Tier.DEVICE,
+                pages,
+            )
+            self._device.placed(nodes[placed], pages[placed])
+            for entry, node, position in zip(entries, nodes.tolist(), positions, strict=True):
+                entry.node = node
+                arrival = entry.arrivals.pop(position, None) if entry.arrivals else None
+                if arrival is not None and self._lower is not None:
+                    self._lower.expect(arrival, node, entry.salt)
+        for entry in entries:
+            entry.num_tokens += page_size
 
     def begin_iteration(
         self, seqs: Sequence[str], context_lens: np.ndarray, new_lens: np.ndarray
@@ -291,24 +366,38 @@ class KVCache:
             entry.arrivals[position] = arrival
         return offload
 
-    def fork(self, parent: str, child: str) -> None:
-        """Begin `child` with all that `parent` has committed, partly filled last page included.
+    def fork(self, parent: str, child: str, num_tokens: int | None = None) -> None:
+        """Begin `child` with what `parent` has committed, a partly filled last page included.
 
         Both go on with `reserve` before they write; whoever is first gets a page of its own then.
 
+        Args:
+            parent: name of the sequence to begin with.
+            child: name of the new one.
+            num_tokens: how many of the first tokens; by default all that were committed.
+
         Raises:
             KeyError: no such parent.
-            ValueError: the child has begun before, or the parent waits for a restore.
+            ValueError: the child has begun before, the parent waits for a restore, or has not
+                committed so many tokens.
         """
         source = self._entry(parent)
         if child in self._entries or child in self._preempted:
             raise ValueError(f"fork to sequence {child!r}, which has begun before.")
         if source.restores:
             raise ValueError(f"fork of sequence {parent!r}, whose prefix is on its way up.")
-        pages = self._table.pages(source.row)[: -(-source.num_tokens // self.page_size)]
+        if num_tokens is None:
+            num_tokens = source.num_tokens
+        elif not 0 <= num_tokens <= source.num_tokens:
+            raise ValueError(
+                f"fork of {num_tokens} tokens of sequence {parent!r}, which has committed "
+                f"{source.num_tokens}."
+            )
+        pages = self._table.pages(source.row)[: -(-num_tokens // self.page_size)]
         self._device.pool.hold(pages)
-        entry = CachedSequence(self._table.add_row(), source.node, source.salt, PrefixMatch())
-        entry.num_tokens, entry.tail = source.num_tokens, source.tail
+        node, tail = self._prefix_of(source, num_tokens)
+        entry = CachedSequence(self._table.add_row(), node, source.salt, PrefixMatch())
+        entry.num_tokens, entry.tail = num_tokens, tail
         entry.forked = source.forked = True
         self._index.hold(entry.node)
         self._table.append(entry.row, pages)
@@ -367,7 +456,13 @@ class KVCache:
             KeyError: no such sequence.
             ValueError: `out` does not fit.
         """
-        return self._table.gather([self._entry(seq).row for seq in seqs], out)
+        entries = self._entries
+        try:
+            rows = [entries[seq].row for seq in seqs]
+        except KeyError as error:
+            self._entry(error.args[0])  # which says what is wrong
+            raise
+        return self._table.gather(rows, out)
 
     def stats(self) -> KVCacheStats:
         """Pages by tier and state, and what happened so far."""
@@ -449,6 +544,17 @@ class KVCache:
         self._device.pool.release(reversed(self._table.pages(entry.row)), keep=self._device.nodes)
         self._index.unhold(entry.node)
         self._table.remove_row(entry.row)
+
+    def _prefix_of(self, entry: CachedSequence, num_tokens: int) -> tuple[int, np.ndarray]:
+        """The node of the full pages of some first tokens, and the tokens after these."""
+        rest = num_tokens % self.page_size
+        if not self._prefix_caching:  # then nothing is indexed, and only the number counts
+            return entry.node, np.zeros(rest, dtype=np.int32)
+        node, tail = entry.node, entry.tail
+        for _ in range(entry.num_tokens // self.page_size - num_tokens // self.page_size):
+            tail = self._index.tokens(node)
+            node = self._index.parent(node)
+        return node, tail[:rest]
 
     def _missing(
         self, seq: str, num_tokens: int, match: PrefixMatch | None

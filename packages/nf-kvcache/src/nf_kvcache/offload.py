@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,31 +15,38 @@ class LayerOrder:
     """For every layer, the last copy that reads its pages on the device.
 
     Whoever is about to write to the pages of a layer holds for it: a page that was given to
-    somebody else may still be on its way to the host.
+    somebody else may still be on its way to the host. The thread that writes to layers may be
+    another one than that which orders other copies.
     """
 
     def __init__(self, copier: Copier, num_layers: int) -> None:
         self._copier = copier
+        self._lock = threading.Lock()
         self._last: list[Event | None] = [None] * num_layers
 
     def read_by(self, event: Event, layer: int | None = None) -> None:
         """Say that a copy reads pages of one layer, or of all, until `event`."""
-        for number in range(len(self._last)) if layer is None else (layer,):
-            self._last[number] = event
+        with self._lock:
+            for number in range(len(self._last)) if layer is None else (layer,):
+                self._last[number] = event
 
     def hold(self, layer: int) -> None:
         """Let the computation wait until the pages of a layer may be written to."""
-        event = self._last[layer]
+        with self._lock:
+            event = self._last[layer]
         if event is not None:
             self._copier.hold(event)
-            self._last[layer] = None
+            with self._lock:  # by now there may be another copy to hold for
+                if self._last[layer] is event:
+                    self._last[layer] = None
 
 
 class IterationOffload:
     """The pages that an iteration fills: each layer's part is copied as soon as it is complete.
 
     The owner calls `before_append` and `after_append` around what writes K and V of a layer, on the
-    thread that orders the computation, and `abandon` if the iteration fails.
+    thread that orders the computation, and `abandon` if the iteration fails. That thread may be
+    another one than that of the cache.
 
     Args:
         layers: of the device.
@@ -75,17 +83,16 @@ class IterationOffload:
 
     def after_append(self, layer: int) -> None:
         """K and V of a layer were written for all tokens of the iteration."""
-        self.num_recorded += 1
-        if not self._pages:
-            return
-        part = slice(layer, layer + 1)
-        download = self._copier.download(
-            self._layers[part],
-            self._pages,
-            [self._host.page(page, part) for page in self._targets],
-        )
-        self._order.read_by(download.source_read, layer)
-        self._events.append(download.done)
+        if self._pages:
+            part = slice(layer, layer + 1)
+            download = self._copier.download(
+                self._layers[part],
+                self._pages,
+                [self._host.page(page, part) for page in self._targets],
+            )
+            self._order.read_by(download.source_read, layer)
+            self._events.append(download.done)
+        self.num_recorded += 1  # the last step: another thread may ask whether all is done
 
     def abandon(self) -> None:
         """The iteration has failed: what was copied is of no use."""

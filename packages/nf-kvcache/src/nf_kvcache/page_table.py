@@ -32,13 +32,25 @@ class PageTable:
         """Add pages at the end of a row."""
         start = int(self._lengths[row])
         stop = start + len(pages)
-        rows, width = self._pages.shape
-        if stop > width:
-            wider = np.zeros((rows, max(stop, 2 * width)), dtype=np.int32)
-            wider[:, :width] = self._pages
-            self._pages = wider
+        self._widen(stop)
         self._pages[row, start:stop] = pages
         self._lengths[row] = stop
+
+    def append_one(self, rows: list[int], pages: list[int]) -> None:
+        """Add one page at the end of each of some rows."""
+        index = np.array(rows, dtype=np.intp)
+        ends = self._lengths[index]
+        self._widen(int(ends.max(initial=-1)) + 1)
+        self._pages[index, ends] = pages
+        self._lengths[index] = ends + 1
+
+    def _widen(self, width: int) -> None:
+        """Make room for so many pages in a row."""
+        rows, now = self._pages.shape
+        if width > now:
+            wider = np.zeros((rows, max(width, 2 * now)), dtype=np.int32)
+            wider[:, :now] = self._pages
+            self._pages = wider
 
     def replace(self, row: int, position: int, page: int) -> None:
         """Put another page at a position of a row."""
@@ -48,9 +60,15 @@ class PageTable:
         """Pages in a row."""
         return int(self._lengths[row])
 
-    def pages(self, row: int, start: int = 0) -> list[int]:
-        """The pages in a row, from position `start` on."""
-        pages: list[int] = self._pages[row, start : self._lengths[row]].tolist()
+    def at(self, rows: list[int], positions: list[int]) -> np.ndarray:
+        """The page at one position of each of some rows, int32."""
+        pages: np.ndarray = self._pages[rows, positions]
+        return pages
+
+    def pages(self, row: int, start: int = 0, stop: int | None = None) -> list[int]:
+        """The pages in a row, from position `start` on, up to `stop`."""
+        length = self._lengths[row]
+        pages: list[int] = self._pages[row, start : length if stop is None else stop].tolist()
         return pages
 
     def gather(self, rows: list[int], out: np.ndarray | None) -> np.ndarray:

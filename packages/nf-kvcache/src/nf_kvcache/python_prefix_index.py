@@ -128,6 +128,33 @@ class PythonPrefixIndex:
         found.holders -= 1
         self._prune(node)
 
+    def advance(
+        self, nodes: np.ndarray, tokens: np.ndarray, tier: int, pages: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See PrefixIndex."""
+        names = _checked(nodes, "nodes", np.dtype(np.int64)).tolist()
+        keys = _checked(tokens, "tokens", np.dtype(np.int32), len(names) * self._page_size)
+        targets = _checked(pages, "pages", np.dtype(np.int32), len(names)).tolist()
+        _check_tier(tier)
+        holds: Counter[int] = Counter()
+        for name, page in zip(names, targets, strict=True):
+            holds[name] += 1
+            if holds[name] > self._node(name).holders:
+                raise ValueError(f"node {name} is not held; advance moves a hold of each node.")
+            if page < 0:
+                raise ValueError(f"page is {page}; expected 0 to {_MAX_PAGE}.")
+        longer, placed = [], []
+        for name, key, page in zip(names, keys.reshape(-1, self._page_size), targets, strict=True):
+            child = self._child(name, key.tobytes())
+            node = self._nodes[child]
+            placed.append(node.pages[tier] == _NO_PAGE)
+            if placed[-1]:
+                node.pages[tier] = page
+            node.holders += 1
+            self._nodes[name].holders -= 1  # it stays: it has a child now
+            longer.append(child)
+        return np.array(longer, dtype=np.int64), np.array(placed, dtype=np.bool_)
+
     def parent(self, node: int) -> int:
         """See PrefixIndex."""
         return self._node(node).parent

@@ -14,13 +14,14 @@ from nf_runtime.errors import (
     InvalidRequestError,
     ModelLoadError,
     NanoFlowError,
+    OverloadedError,
 )
 from nf_runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nf_runtime.async_engine import AsyncEngine, RequestStream
     from nf_runtime.choice import ChoiceDelta
-    from nf_runtime.engine_types import EngineInfo, EngineStats
+    from nf_runtime.engine_types import EngineInfo, EngineStats, RequestOptions
     from nf_runtime.llm import LLM
     from nf_runtime.logprobs import Logprob
     from nf_runtime.outputs import CompletionOutput, RequestOutput
@@ -36,6 +37,7 @@ _LATE = {
     "EngineInfo": "nf_runtime.engine_types",
     "EngineStats": "nf_runtime.engine_types",
     "Logprob": "nf_runtime.logprobs",
+    "RequestOptions": "nf_runtime.engine_types",
     "RequestOutput": "nf_runtime.outputs",
     "RequestStream": "nf_runtime.async_engine",
     "Tokenizer": "nf_runtime.tokenizer",
@@ -55,6 +57,8 @@ __all__ = [
     "Logprob",
     "ModelLoadError",
     "NanoFlowError",
+    "OverloadedError",
+    "RequestOptions",
     "RequestOutput",
     "RequestStream",
     "SamplingParams",

@@ -13,8 +13,14 @@ from typing import Any, Self
 
 from nf_runtime.choice import Choice, ChoiceDelta, describe_logprobs
 from nf_runtime.config import EngineConfig
-from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
-from nf_runtime.errors import EngineDeadError, InvalidRequestError, ModelLoadError
+from nf_runtime.engine_types import EngineInfo, EngineStats, RequestOptions, TokenOutput
+from nf_runtime.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    ModelLoadError,
+    OverloadedError,
+)
+from nf_runtime.fan_out import fan_out
 from nf_runtime.logprobs import Logprob
 from nf_runtime.messages import (
     HEADER,
@@ -27,7 +33,6 @@ from nf_runtime.messages import (
 from nf_runtime.model_config import read_json
 from nf_runtime.model_source import find_model
 from nf_runtime.sampling_params import SamplingParams
-from nf_runtime.seeds import choice_seeds
 from nf_runtime.tokenizer import Tokenizer
 from nf_runtime.validation import validate_request
 from nf_scheduler import Ledger
@@ -111,6 +116,7 @@ class RequestStream:
         Raises:
             EngineDeadError: The engine ended before the answers did.
             InvalidRequestError: The engine refused the request.
+            OverloadedError: The engine has too many requests already.
             StopAsyncIteration: Every answer has finished.
         """
         while not self._pending:
@@ -260,7 +266,7 @@ class AsyncEngine:
         params: SamplingParams,
         request_id: str | None = None,
         *,
-        cache_salt: str = "",
+        options: RequestOptions | None = None,
     ) -> RequestStream:
         """Send a request to the engine.
 
@@ -268,14 +274,16 @@ class AsyncEngine:
             prompt_token_ids: At least one.
             params: How its tokens are chosen.
             request_id: Unique among live requests; made up when None.
-            cache_salt: Only requests with the same one share KV.
+            options: When and next to whom it runs.
 
         Raises:
             InvalidRequestError: The model cannot run it, or its id is in use.
+            OverloadedError: There are too many requests already.
             EngineDeadError: The engine has ended.
         """
         if self.dead_reason is not None:
             raise EngineDeadError(self.dead_reason)
+        self.check_load()
         validate_request(prompt_token_ids, params, self.info)
         number = next(self._numbers)
         request_id = request_id or f"request-{number}"
@@ -288,14 +296,36 @@ class AsyncEngine:
             Choice(index, prompt_token_ids, params, self.tokenizer) for index in range(params.n)
         ]
         stream = RequestStream(self, request_id, prompt_token_ids, choices)
-        seeds = choice_seeds(params, self.config.seed, number)
-        names = [f"{request_id}.{index}" for index in range(params.n)]
-        self._choice_names[request_id] = names
-        for name, choice, seed in zip(names, choices, seeds, strict=True):
-            self._live[name] = (stream, choice)
-            request = EngineRequest(name, prompt_token_ids, params, seed, cache_salt)
+        requests = fan_out(
+            request_id,
+            prompt_token_ids,
+            params,
+            options or RequestOptions(),
+            engine_seed=self.config.seed,
+            number=number,
+        )
+        self._choice_names[request_id] = [request.request_id for request in requests]
+        for request, choice in zip(requests, choices, strict=True):
+            self._live[request.request_id] = (stream, choice)
             self._send({"add": request_to_json(request)})
         return stream
+
+    def check_load(self) -> None:
+        """Refuse at once what the engine has no room for in its queue, before work goes into it.
+
+        The engine itself counts exactly; this is what is known here.
+
+        Raises:
+            OverloadedError: There are too many requests already.
+        """
+        most = self.config.max_num_queued_reqs
+        if most is None:
+            return
+        room = most + self.config.max_num_seqs
+        if self.stats.num_waiting >= most or len(self._live) >= room:
+            raise OverloadedError(
+                f"too many requests: {len(self._live)} are open, and max_num_queued_reqs is {most}"
+            )
 
     def abort(self, request_id: str) -> None:
         """End a request early; an unknown or finished one is left alone.
@@ -355,9 +385,10 @@ class AsyncEngine:
             if not self._ready.done():  # as it is when starting was cancelled
                 self._ready.set_result(message["ready"])
         elif "refused" in message:
-            name, reason = message["refused"]
-            stream = self._forget(name)
-            stream.fail(InvalidRequestError(reason))
+            refused = message["refused"]
+            stream = self._forget(refused["request_id"])
+            kind = OverloadedError if refused["overloaded"] else InvalidRequestError
+            stream.fail(kind(refused["message"]))
             self.abort(stream.request_id)
         else:
             failed = message["failed"]

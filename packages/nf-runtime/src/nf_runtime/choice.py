@@ -19,7 +19,7 @@ class ChoiceDelta:
         text: New text.
         token_ids: New tokens, a stop token included.
         logprobs: One per new token, when wanted.
-        finish_reason: `stop`, `length` or `abort`, once.
+        finish_reason: `stop`, `length`, `abort` or `timeout`, once.
         stop_reason: The stop string or stop token id that ended it, if one did and it is no
             end-of-sequence token.
     """

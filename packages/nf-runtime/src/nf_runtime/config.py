@@ -1,18 +1,22 @@
 """How an engine is set up."""
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nf_runtime.errors import NanoFlowError
+from nf_scheduler import POLICIES, SloAware
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+POLICY_NAMES = tuple(POLICIES)
+ADMISSIONS = ("predict", "reserve", "greedy")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _OPTIONAL = (
     *("max_model_len", "max_prefill_chunk", "kv_cache_tokens", "kv_device_bytes"),
-    *("kv_host_bytes", "kv_ssd_max_bytes"),
+    *("kv_host_bytes", "kv_ssd_max_bytes", "max_num_queued_reqs", "max_num_queued_tokens"),
 )
 
 
@@ -30,6 +34,16 @@ class EngineConfig:
         seed: Of random weights and of requests without a seed.
         max_num_seqs: Requests that run at once.
         max_num_batched_tokens: New tokens of one iteration.
+        max_num_queued_reqs: Requests that wait for their first iteration; more are refused. None is
+            no bound.
+        max_num_queued_tokens: Prompt tokens of these, together.
+        policy: Who goes first: `fcfs`, `priority`, `shortest`, `prefix` or `slo`
+            (`nf_scheduler.policy`).
+        service_levels: For the policy `slo`: seconds to the first token (`ttft`) and per token
+            after it (`tpot`) by class of requests; the class "" is that of all others.
+        admission: When a request may start: `predict` fits the predicted peak of all running
+            requests into the KV cache, `reserve` what they could use at most, `greedy` what they
+            use now (`nf_scheduler.admission`).
         max_prefill_chunk: New tokens of one request in one iteration; None takes
             `max_num_batched_tokens`.
         kv_cache_tokens: Token slots of the KV cache on the device; None takes what fits
@@ -46,6 +60,8 @@ class EngineConfig:
         deterministic: Run only operations whose rows do not depend on each other, so that a request
             gets the same tokens in every dtype, whatever else runs, and refuse to start where there
             are none.
+        async_scheduling: Form and start each iteration while the one before runs. False waits for
+            every iteration before it forms the next.
     """
 
     model: str
@@ -58,6 +74,11 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     max_prefill_chunk: int | None = None
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    policy: str = "fcfs"
+    service_levels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    admission: str = "predict"
     kv_cache_tokens: int | None = None
     kv_device_bytes: int | None = None
     kv_host_bytes: int | None = None
@@ -67,6 +88,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     native_kernels: bool = True
     deterministic: bool = False
+    async_scheduling: bool = True
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -77,6 +99,8 @@ class EngineConfig:
         choices = {
             "dtype": (self.dtype, DTYPES),
             "load_format": (self.load_format, LOAD_FORMATS),
+            "policy": (self.policy, POLICY_NAMES),
+            "admission": (self.admission, ADMISSIONS),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
@@ -90,6 +114,8 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_prefill_chunk",
+            "max_num_queued_reqs",
+            "max_num_queued_tokens",
             "kv_cache_tokens",
             "kv_device_bytes",
             "kv_host_bytes",
@@ -101,6 +127,7 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise NanoFlowError(f"{name} is {value!r}; expected a positive integer")
+        self._check_service_levels()
         if self.kv_cache_tokens is not None and self.kv_device_bytes is not None:
             raise NanoFlowError(
                 f"kv_cache_tokens is {self.kv_cache_tokens} and kv_device_bytes is "
@@ -116,6 +143,27 @@ class EngineConfig:
                 "enable_prefix_caching is False, but the host and SSD tiers keep prefixes; leave "
                 "out kv_host_bytes and kv_ssd_dir, or enable prefix caching"
             )
+
+    def _check_service_levels(self) -> None:
+        if self.service_levels and self.policy != SloAware.name:
+            raise NanoFlowError(
+                f"service_levels are given and policy is {self.policy!r}, which does not look at "
+                f"them; set policy to {SloAware.name!r}, or leave them out"
+            )
+        if self.policy == SloAware.name and not self.service_levels:
+            raise NanoFlowError(
+                f"policy is {SloAware.name!r}, and there are no service_levels; give at least one, "
+                'such as {"": {"ttft": 1.0, "tpot": 0.1}}'
+            )
+        for name, targets in self.service_levels.items():
+            known = isinstance(targets, Mapping) and targets.keys() <= {"ttft", "tpot"}
+            if not known or not all(
+                isinstance(seconds, int | float) and seconds > 0 for seconds in targets.values()
+            ):
+                raise NanoFlowError(
+                    f"service_levels[{name!r}] is {targets!r}; expected ttft, tpot or both, in "
+                    "seconds above 0"
+                )
 
     @property
     def has_lower_tiers(self) -> bool:

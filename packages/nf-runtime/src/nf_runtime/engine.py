@@ -1,4 +1,4 @@
-"""The engine loop: schedule, launch, poll, commit."""
+"""One model on one device: requests in, tokens out."""
 
 import logging
 import time
@@ -15,21 +15,21 @@ from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, Toke
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.executor import Executor
 from nf_runtime.graph import LayerGraph
+from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.kv_tiers import make_kv_cache
 from nf_runtime.logprobs import RowLogprobs
+from nf_runtime.loop import IterationLoop, LoopStats
 from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
 from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams
+from nf_runtime.scheduling import make_admission, make_policy
 from nf_runtime.weights import load_weights, make_weights, pack_weights
-from nf_scheduler import Batch, IterationResult, Request, Scheduler, SchedulerConfig, TokenEvent
+from nf_scheduler import OutputLengths, Progress, Request, Scheduler, SchedulerConfig, TokenEvent
 
 _log = logging.getLogger(__name__)
-
-
-_RESTORE_WAIT_SECONDS = 0.01  # so long a new request may wait, if all others wait for their KV
 
 
 @dataclass(slots=True)
@@ -92,6 +92,7 @@ class Engine:
             weights_digest=weights_digest,
             numerics=operations.name + (" deterministic" if config.deterministic else ""),
         )
+        lengths = OutputLengths(max_model_len)
         self.scheduler = Scheduler(
             self.kv_cache,
             SchedulerConfig(
@@ -99,7 +100,12 @@ class Engine:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
                 max_prefill_chunk=config.max_prefill_chunk,
+                max_queued_requests=config.max_num_queued_reqs,
+                max_queued_tokens=config.max_num_queued_tokens,
             ),
+            policy=make_policy(config),
+            admission=make_admission(config, lengths, max_model_len),
+            lengths=lengths,
             clock=clock,
         )
         self.executor = Executor(
@@ -117,14 +123,18 @@ class Engine:
             page_size=config.page_size,
             max_tokens=config.max_num_batched_tokens,
             max_requests=config.max_num_seqs,
+            asynchronous=config.async_scheduling,
+        )
+        self.loop = IterationLoop(
+            self.scheduler,
+            self.kv_cache,
+            self.executor,
+            lag=1 if config.async_scheduling else 0,
+            clock=clock,
         )
         phases["kv_cache"] = clock() - started
         self._live: dict[str, _Live] = {}
-        self._untold: list[TokenEvent] = []  # of an iteration that failed
-        self._iterations = 0
-        self._iteration_tokens = 0
-        self._busy_seconds = 0.0
-        self._last_step_time = 0.0
+        self._untold: list[TokenOutput] = []  # what came between two steps
         self.info = EngineInfo(
             model=config.model,
             dtype=str(dtype).removeprefix("torch."),
@@ -144,26 +154,29 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return bool(self._live)
+        return bool(self._live or self._untold) or self.scheduler.has_work
 
     @property
     def stats(self) -> EngineStats:
         """Where the engine stands."""
-        cache = self.kv_cache.stats()
+        cache, scheduler = self.kv_cache.stats(), self.scheduler.stats
         return EngineStats(
-            num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
             kv_pages_total=cache.pages_total,
             kv_pages_used=cache.pages_used,
             kv_pages_cached=cache.pages_cached,
-            preemptions=self.scheduler.num_preemptions,
+            preemptions=scheduler.preemptions,
+            refused=scheduler.refused,
+            timeouts=scheduler.timeouts,
             prefix_queried_tokens=cache.queried_tokens,
             prefix_hit_tokens=cache.hit_tokens,
             prefix_hit_tokens_by_tier=cache.hit_tokens_by_tier,
-            iterations=self._iterations,
-            iteration_tokens=self._iteration_tokens,
-            busy_seconds=self._busy_seconds,
-            last_step_time=self._last_step_time,
+            iterations=self.loop.stats.iterations,
+            iterations_ahead=self.loop.stats.iterations_ahead,
+            iteration_tokens=self.loop.stats.tokens,
+            busy_seconds=self.loop.stats.busy_seconds,
+            last_step_time=self.loop.stats.last_commit_time,
             lower_tiers=cache.lower,
         )
 
@@ -172,10 +185,15 @@ class Engine:
 
         Raises:
             ValueError: Its id is in use, or it can never fit.
+            QueueFull: The queue has no room for it; later it may have.
         """
-        if request.request_id in self._live:  # it may have finished without being told of yet
-            raise ValueError(f"request_id {request.request_id!r} is in use; give each its own")
-        params = request.params
+        name = request.request_id
+        if name in self._live or any(output.request_id == name for output in self._untold):
+            raise ValueError(f"request_id {name!r} is in use; give each its own")
+        if self.scheduler.is_in_flight(name):  # another one of that name, which has ended
+            for step in self.loop.settle():
+                self._untold += self._outputs(*step)
+        params, options, timeout = request.params, request.options, request.options.timeout_seconds
         prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
         room = self.info.max_model_len - len(prompt)
         stop_ids = frozenset(params.stop_token_ids or ())
@@ -190,7 +208,12 @@ class Engine:
                 min_tokens=params.min_tokens,
                 stop_token_ids=stop_ids,
                 reuse_prefix=not wants_prompt_logprobs,
-                cache_salt=request.cache_salt,
+                cache_salt=options.cache_salt,
+                priority=options.priority,
+                tenant=options.tenant,
+                request_class=options.request_class,
+                deadline=None if timeout is None else self._clock() + timeout,
+                fork_of=request.fork_of,
             )
         )
         self.executor.sampler.add(
@@ -203,41 +226,20 @@ class Engine:
         return self.scheduler.abort(request_id)
 
     def step(self) -> list[TokenOutput]:
-        """Run one iteration and give its tokens.
+        """Start the next iteration, and give the tokens of one that has ended, if one has.
 
-        When it fails or is interrupted, its requests end (`abort`), told by the next `step`. When
-        all requests wait for KV from a lower tier, it waits a moment for that, and gives nothing.
+        When an iteration fails or is interrupted, the requests of all that are in flight end
+        (`abort`), told by the next `step`. When all requests wait for KV from a lower tier, it
+        waits a moment for that.
         """
-        started = self._clock()
-        self.kv_cache.poll()
-        untold, self._untold = self._untold, []
-        batch = None if untold else self.scheduler.schedule()
-        if batch is None:
-            untold += self.scheduler.take_events()
-            if not untold and self.scheduler.num_restoring:
-                self.kv_cache.wait(_RESTORE_WAIT_SECONDS)
-            return [self._output(event, None) for event in untold]
-        offload = self.kv_cache.begin_iteration(
-            batch.request_ids, batch.context_lens, np.diff(batch.query_start)
-        )
+        if self._untold:
+            untold, self._untold = self._untold, []
+            return untold
         try:
-            page_tables = self.kv_cache.page_tables(batch.request_ids)
-            self.executor.launch(batch, page_tables, offload)
-            output = self.executor.poll()
+            return self._outputs(*self.loop.step())
         except BaseException:  # an interrupt as well
-            if offload is not None:
-                offload.abandon()
-            self._drop(batch)
+            self._untold = self._outputs(self.loop.fail(), None)
             raise
-        for request_id, (start, rows) in output.prompt_logprobs.items():
-            # By position, because a prompt may be computed again after a preemption.
-            self._live[request_id].prompt_logprobs[start:] = rows
-        events = self.scheduler.commit(output.result)
-        self._iterations += 1
-        self._iteration_tokens += batch.num_tokens
-        self._busy_seconds += self._clock() - started
-        self._last_step_time = time.time()
-        return [self._output(event, output.logprobs.get(event.request_id)) for event in events]
 
     def settle(self) -> bool:
         """Let KV go on to the lower tiers while there is nothing to `step`.
@@ -249,7 +251,19 @@ class Engine:
 
     def close(self) -> None:
         """Bring what KV is on its way to where it is kept, and end. The engine cannot go on."""
+        self.executor.close()
         self.kv_cache.close()
+
+    def _outputs(self, progress: Progress, output: IterationOutput | None) -> list[TokenOutput]:
+        """What requests gained, and what the iteration says of it."""
+        if output is None:
+            return [self._output(event, None) for event in progress]
+        for request_id, (start, rows) in output.prompt_logprobs.items():
+            live = self._live.get(request_id)
+            if live is not None:
+                # By position, because a prompt may be computed again after a preemption.
+                live.prompt_logprobs[start:] = rows
+        return [self._output(event, output.logprobs.get(event.request_id)) for event in progress]
 
     def _output(self, event: TokenEvent, logprobs: RowLogprobs | None) -> TokenOutput:
         live = self._live[event.request_id]
@@ -264,17 +278,10 @@ class Engine:
         if live.wants_prompt_logprobs:
             output.prompt_logprobs = list(live.prompt_logprobs)
             live.wants_prompt_logprobs = False
-        if event.finish_reason is not None:
+        if event.end is not None:
             del self._live[event.request_id]
             self.executor.sampler.remove(event.request_id)
         return output
-
-    def _drop(self, batch: Batch) -> None:
-        """End the requests of an iteration that has no result; nothing that it wrote is reused."""
-        for request_id in batch.request_ids:
-            self.scheduler.abort(request_id)
-        result = IterationResult(batch.iteration, np.zeros(len(batch), dtype=np.int32))
-        self._untold = self.scheduler.commit(result)
 
     def _warm_up(self) -> None:
         """Run one prompt through, so that the first user does not wait for lazy initialization."""
@@ -283,8 +290,7 @@ class Engine:
         )
         while self.has_work:
             self.step()
-        self._iterations, self._iteration_tokens = 0, 0
-        self._busy_seconds, self._last_step_time = 0.0, 0.0
+        self.loop.stats = LoopStats()
 
 
 def _require_invariance(graph: LayerGraph, operations: ops.OperationSet) -> None:

@@ -23,6 +23,7 @@ from nf_runtime.config import EngineConfig
 from nf_runtime.engine_types import EngineStats, TokenOutput
 from nf_runtime.errors import NanoFlowError
 from nf_runtime.messages import HEADER, output_to_json, pack, request_from_json, stats_to_json
+from nf_scheduler import QueueFull
 
 _SETTLE_SECONDS = 0.02  # how often KV that is on its way is looked after between requests
 
@@ -92,8 +93,13 @@ class EngineProcess:
     def _add(self, engine: Any, value: dict[str, Any]) -> None:
         try:
             engine.add(request_from_json(value))
-        except ValueError as error:
-            self._outgoing.put({"refused": [value["request_id"], str(error)]})
+        except (ValueError, QueueFull) as error:
+            refused = {
+                "request_id": value["request_id"],
+                "message": str(error),
+                "overloaded": isinstance(error, QueueFull),
+            }
+            self._outgoing.put({"refused": refused})
 
     def _fail(self, message: str, *, expected: bool) -> None:
         self._outgoing.put({"failed": {"message": message, "expected": expected}})

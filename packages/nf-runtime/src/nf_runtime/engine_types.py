@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nf_kvcache.stats import LowerTierStats
+from nf_runtime.errors import InvalidRequestError
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.sampling_params import SamplingParams
 from nf_scheduler import FinishReason, Ledger
+
+_MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,13 @@ class EngineStats:
         kv_pages_used: Pages that requests refer to.
         kv_pages_cached: Unused pages that a later prompt may find.
         preemptions: Counter of requests that gave up their pages.
+        refused: Counter of requests that the queue had no room for.
+        timeouts: Counter of requests that ran out of time.
         prefix_queried_tokens: Counter of prompt tokens looked up.
         prefix_hit_tokens: Counter of prompt tokens found.
         prefix_hit_tokens_by_tier: The same by where they were found.
         iterations: Counter.
+        iterations_ahead: Counter of those that were started while another one ran.
         iteration_tokens: Counter of tokens computed.
         busy_seconds: Counter of time spent in iterations.
         last_step_time: Unix time of the last iteration; 0 before the first.
@@ -65,14 +71,57 @@ class EngineStats:
     kv_pages_used: int = 0
     kv_pages_cached: int = 0
     preemptions: int = 0
+    refused: int = 0
+    timeouts: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     prefix_hit_tokens_by_tier: Mapping[str, int] = field(default_factory=dict)
     iterations: int = 0
+    iterations_ahead: int = 0
     iteration_tokens: int = 0
     busy_seconds: float = 0.0
     last_step_time: float = 0.0
     lower_tiers: LowerTierStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What besides the prompt decides when and next to whom a request runs.
+
+    Attributes:
+        cache_salt: Only requests with the same one share KV.
+        priority: For the policy `priority`: lower goes first.
+        tenant: Who asks. Tenants that wait get equal shares.
+        request_class: For the policy `slo`: which service level it has.
+        timeout_seconds: It ends so long after its arrival, whatever it has by then.
+
+    Raises:
+        InvalidRequestError: One of them is of another type or out of range.
+    """
+
+    cache_salt: str = ""
+    priority: int = 0
+    tenant: str = ""
+    request_class: str = ""
+    timeout_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cache_salt", "tenant", "request_class"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise InvalidRequestError(f"{name} is {value!r}; expected a string", param=name)
+        if type(self.priority) is not int or abs(self.priority) > _MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority is {self.priority!r}; expected an integer from -{_MAX_PRIORITY} to "
+                f"{_MAX_PRIORITY}, lower goes first",
+                param="priority",
+            )
+        seconds = self.timeout_seconds
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise InvalidRequestError(
+                f"timeout_seconds is {seconds!r}; expected a number above 0",
+                param="timeout_seconds",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +133,16 @@ class EngineRequest:
         prompt_token_ids: At least one.
         params: How its tokens are chosen; `n` is not looked at.
         seed: In [0, 2**64).
-        cache_salt: Only requests with the same one share KV.
+        options: When and next to whom it runs.
+        fork_of: A request with the same prompt, to begin with its KV.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
-    cache_salt: str = ""
+    options: RequestOptions = RequestOptions()
+    fork_of: str | None = None
 
 
 @dataclass(slots=True)
@@ -101,7 +152,7 @@ class TokenOutput:
     Attributes:
         request_id: Of the request.
         token_id: None when it ends without a token (aborted).
-        finish_reason: `stop`, `length` or `abort`, on the last output.
+        finish_reason: `stop`, `length`, `abort` or `timeout`, on the last output.
         stop_token: The token that ended it.
         logprobs: Of this token, when wanted.
         prompt_logprobs: With the first token, when wanted; None for the first prompt token.

@@ -32,6 +32,10 @@ class ContextLengthExceededError(InvalidRequestError):
         )
 
 
+class OverloadedError(NanoFlowError):
+    """There are too many requests already; later there may be room."""
+
+
 class ModelLoadError(NanoFlowError):
     """A model, tokenizer or configuration that cannot be loaded."""
 

@@ -1,6 +1,8 @@
 """Runs a batch: stages its arrays, walks the layer graph, samples. The only forward pass."""
 
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +12,13 @@ from torch import Tensor
 
 from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
+from nf_runtime.device_queue import make_queue
 from nf_runtime.graph import BatchInput, Edge, ElementType, LayerGraph, Operation, Rows
-from nf_runtime.logprobs import RowLogprobs
-from nf_runtime.sampler import Sampler
-from nf_runtime.staging import StagedBatch, stage
+from nf_runtime.iteration_output import IterationOutput
+from nf_runtime.row_logprobs import PendingLogprobs, to_host
+from nf_runtime.sampler import Sampler, SamplingPlan
+from nf_runtime.staged_batch import StagedBatch, stage
+from nf_runtime.staging import StagingRing, WorkGuard
 from nf_runtime.weights import ModelWeights
 from nf_scheduler import Batch, IterationResult
 
@@ -24,19 +29,42 @@ _ELEMENTS = {ElementType.INT64: torch.int64, ElementType.FLOAT32: torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
-class IterationOutput:
-    """What one iteration computed.
+class _Launched:
+    """An iteration whose work has been given to the device.
 
     Attributes:
-        result: Sampled ids, for the scheduler.
-        logprobs: By request, of its sampled token.
-        prompt_logprobs: By request, of the prompt tokens that follow this iteration's positions,
-            and the first of these positions.
+        batch: What it runs.
+        sampled: int64 [rows that sample], on its way to the host; None if there are none.
+        logprobs: Of sampled tokens.
+        prompt_logprobs: Of prompts, each with the position of its first row.
+        uploaded: When the device has read the staged arrays.
+        done: When it has done everything.
     """
 
-    result: IterationResult
-    logprobs: dict[str, RowLogprobs]
-    prompt_logprobs: dict[str, tuple[int, list[RowLogprobs]]]
+    batch: Batch
+    sampled: Tensor | None
+    logprobs: PendingLogprobs | None
+    prompt_logprobs: list[tuple[int, PendingLogprobs]]
+    uploaded: torch.cuda.Event | None
+    done: torch.cuda.Event | None
+
+    def collect(self) -> IterationOutput:
+        """The result, once the device has it."""
+        if self.done is not None:
+            self.done.synchronize()
+        token_ids = np.zeros(len(self.batch), dtype=np.int32)
+        if self.sampled is not None:
+            token_ids[self.batch.samples] = self.sampled.numpy()
+        logprobs = {}
+        if self.logprobs is not None:
+            logprobs = dict(zip(self.logprobs.request_ids, self.logprobs.rows(), strict=True))
+        prompt_logprobs = {
+            pending.request_ids[0]: (position, pending.rows())
+            for position, pending in self.prompt_logprobs
+        }
+        return IterationOutput(
+            IterationResult(self.batch.iteration, token_ids), logprobs, prompt_logprobs
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +81,10 @@ class _BoundOperation:
 class Executor:
     """Runs batches of one model on one device.
 
-    `launch` starts an iteration and `poll` gives its result. Sampled ids stay on the device: the
-    next iteration reads those that the scheduler does not know yet (-1) there.
+    `launch` starts an iteration and `poll` gives the result of the oldest. Sampled ids stay on the
+    device: the next iteration reads those that the scheduler does not know yet (-1) there. Arrays
+    on their way to the device are in a ring of buffers, none of which is written to before the
+    device has read it.
 
     Attributes:
         before_layer: Hooks called before each layer.
@@ -74,6 +104,7 @@ class Executor:
         page_size: int,
         max_tokens: int,
         max_requests: int,
+        asynchronous: bool = False,
     ) -> None:
         """Bind the graph to its weights and plan the buffers.
 
@@ -87,6 +118,7 @@ class Executor:
             page_size: Token slots of a page.
             max_tokens: New tokens of one iteration.
             max_requests: Requests of one iteration, and number of slots.
+            asynchronous: Whether `launch` returns at once, also where the device is the CPU.
         """
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
@@ -123,25 +155,64 @@ class Executor:
         ]
         self._epilogue = self._bind(graph.epilogue, weights.model, None)
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
-        self._launched: IterationOutput | None = None
+        self._queue = make_queue(self._device, asynchronous=asynchronous)
+        self._ring = StagingRing(2 if asynchronous else 1, self._device)
+        self._launched: deque[Future[_Launched]] = deque()
 
-    @torch.inference_mode()
     def launch(
         self, batch: Batch, page_tables: np.ndarray, offload: IterationOffload | None = None
     ) -> None:
-        """Run one iteration.
+        """Start one iteration, after those that were launched before.
 
         Args:
             batch: What to run.
             page_tables: int32 [requests, pages], pages of each request in order.
             offload: Told when K and V of a layer are about to be written, and when they were.
         """
-        rows = self.sampler.prompt_rows(batch)
-        staged = stage(
-            batch, page_tables, self._page_size, rows, self._last_sampled, device=self._device
-        )
-        self._operations.prepare(staged.attention)
-        arguments = self._arguments(staged)
+        plan = self.sampler.plan(batch)
+        buffer = self._ring.acquire()
+        staged = stage(batch, page_tables, self._page_size, plan.prompt_rows, plan.arrays, buffer)
+        work = self._queue.submit(lambda: self._run_iteration(batch, staged, plan, offload))
+        self._ring.release(WorkGuard(work))
+        self._launched.append(work)
+
+    def poll(self) -> IterationOutput:
+        """Result of the oldest iteration that was launched and not polled; waits for it.
+
+        Raises:
+            RuntimeError: There is none.
+            Exception: Whatever the iteration has raised.
+        """
+        if not self._launched:
+            raise RuntimeError("poll was called without a launch; call launch first")
+        return self._launched.popleft().result().collect()
+
+    def drain(self) -> None:
+        """Wait for all that was launched, and forget it."""
+        while self._launched:
+            work = self._launched.popleft()
+            if work.exception() is None:  # which waits
+                work.result().collect()
+
+    def close(self) -> None:
+        """Forget what was launched, and end."""
+        self.drain()
+        self._queue.close()
+
+    @torch.inference_mode()
+    def _run_iteration(
+        self,
+        batch: Batch,
+        staged: StagedBatch,
+        plan: SamplingPlan,
+        offload: IterationOffload | None,
+    ) -> "_Launched":
+        """What the device's queue does for an iteration."""
+        staged.buffer.upload()
+        uploaded = self._record()
+        inputs = staged.inputs(self._last_sampled)
+        self._operations.prepare(staged.attention(inputs))
+        arguments = self._arguments(staged, inputs)
         edges = {name: self._view(name, Rows.ALL, staged) for name in self._edges}
         self._run(self._prologue, arguments, staged)
         for layer, operations in enumerate(self._layers):
@@ -152,39 +223,22 @@ class Executor:
                 hook(layer, edges)
         self._run(self._epilogue, arguments, staged)
         logits = self._view("logits", Rows.SELECTED, staged)
-        self._launched = self._sample(batch, logits)
+        num_sampled = len(plan.slots)
+        sampled, logprobs = None, None
+        if num_sampled:
+            sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, staged.buffer)
+            self._last_sampled[staged.buffer.on_device("sample_slots")] = sampled
+            sampled = to_host(sampled)
+        prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:])
+        return _Launched(batch, sampled, logprobs, prompt_logprobs, uploaded, self._record())
 
-    def poll(self) -> IterationOutput:
-        """Result of the iteration launched last.
-
-        Raises:
-            RuntimeError: Nothing was launched since the last poll.
-        """
-        if self._launched is None:
-            raise RuntimeError("poll was called without a launch; call launch first")
-        output, self._launched = self._launched, None
-        return output
-
-    def _sample(self, batch: Batch, logits: Tensor) -> IterationOutput:
-        requests = np.flatnonzero(batch.samples)
-        token_ids = np.zeros(len(batch), dtype=np.int32)
-        logprobs: dict[str, RowLogprobs] = {}
-        if len(requests):
-            slots = batch.slots[requests]
-            positions = batch.context_lens[requests] + np.diff(batch.query_start)[requests]
-            sampled, rows = self.sampler.sample(
-                logits[: len(requests)],
-                [batch.request_ids[i] for i in requests],
-                slots,
-                positions,
-            )
-            self._last_sampled[torch.from_numpy(slots).long().to(self._device)] = sampled
-            token_ids[requests] = sampled.cpu().numpy()
-            logprobs = rows
-        prompt_logprobs = self.sampler.prompt_logprobs(batch, logits[len(requests) :])
-        return IterationOutput(
-            IterationResult(batch.iteration, token_ids), logprobs, prompt_logprobs
-        )
+    def _record(self) -> torch.cuda.Event | None:
+        """This moment of the stream; None where work is done when it has been launched."""
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _run(
         self,
@@ -254,7 +308,9 @@ class Executor:
         self._signatures.append(operation)
         return len(self._signatures) - 1
 
-    def _arguments(self, staged: StagedBatch) -> list[dict[str, Tensor]]:
+    def _arguments(
+        self, staged: StagedBatch, inputs: dict[BatchInput, Tensor]
+    ) -> list[dict[str, Tensor]]:
         """For each signature, the edges' views and the staged arrays of this iteration."""
         arguments = []
         for operation in self._signatures:
@@ -266,9 +322,9 @@ class Executor:
                 for name, edge in mapping.items()
             }
             values |= {
-                name: staged.inputs[source]
+                name: inputs[source]
                 for name, source in operation.inputs.items()
-                if source in staged.inputs
+                if source in inputs
             }
             arguments.append(values)
         return arguments

@@ -4,6 +4,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -11,21 +12,24 @@ from tqdm import tqdm
 from nf_runtime.choice import Choice, ChoiceDelta, describe_logprobs
 from nf_runtime.config import EngineConfig
 from nf_runtime.engine import Engine
-from nf_runtime.engine_types import EngineRequest, TokenOutput
+from nf_runtime.engine_types import RequestOptions, TokenOutput
 from nf_runtime.errors import InvalidRequestError, NanoFlowError
+from nf_runtime.fan_out import fan_out
 from nf_runtime.interrupts import interrupts_held_back
 from nf_runtime.model_source import find_model
 from nf_runtime.outputs import CompletionOutput, RequestOutput
 from nf_runtime.sampling_params import SamplingParams
-from nf_runtime.seeds import choice_seeds
 from nf_runtime.tokenizer import Tokenizer
 from nf_runtime.validation import validate_request
 
 Prompt = str | Mapping[str, Any]
 """A text, or `{"prompt_token_ids": [...]}`, or `{"prompt": text}`.
 
-The mappings may have a `cache_salt`: prompts share KV only with prompts of the same salt.
+The mappings may have the fields of `RequestOptions`, such as a `cache_salt`: prompts share KV only
+with prompts of the same salt.
 """
+
+_OPTIONS = tuple(field.name for field in fields(RequestOptions))
 
 Message = Mapping[str, Any]
 """A chat message with `role` and `content`."""
@@ -145,8 +149,8 @@ class LLM:
         self.shutdown()
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> "_Work":
-        fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
-        text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
+        given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        text, ids = given.get("prompt"), given.get("prompt_token_ids")
         if ids is None:
             if not isinstance(text, str):
                 raise InvalidRequestError(
@@ -171,12 +175,8 @@ class LLM:
                 f"prompt_token_ids is {ids!r:.200}; expected a list of integers", param="prompt"
             ) from error
         validate_request(ids, params, self.engine.info)
-        salt = fields.get("cache_salt", "")
-        if not isinstance(salt, str):
-            raise InvalidRequestError(
-                f"cache_salt is {salt!r:.200}; expected a string", param="cache_salt"
-            )
-        return _Work(str(next(self._numbers)), text, ids, salt, params, self.tokenizer)
+        options = RequestOptions(**{n: given[n] for n in _OPTIONS if n in given})
+        return _Work(str(next(self._numbers)), text, ids, options, params, self.tokenizer)
 
     def _run(self, work: list["_Work"], use_tqdm: bool) -> list[RequestOutput]:
         engine = self.engine
@@ -188,19 +188,17 @@ class LLM:
         ):
             try:
                 for item in work:
-                    seeds = choice_seeds(item.params, self._seed, item.number)
-                    for choice, seed in zip(item.choices, seeds, strict=True):
-                        name = f"{item.output.request_id}.{choice.index}"
-                        waiting[name] = (item, choice)
-                        engine.add(
-                            EngineRequest(
-                                name,
-                                item.output.prompt_token_ids,
-                                item.params,
-                                seed,
-                                item.cache_salt,
-                            )
-                        )
+                    requests = fan_out(
+                        item.output.request_id,
+                        item.output.prompt_token_ids,
+                        item.params,
+                        item.options,
+                        engine_seed=self._seed,
+                        number=item.number,
+                    )
+                    for choice, request in zip(item.choices, requests, strict=True):
+                        waiting[request.request_id] = (item, choice)
+                        engine.add(request)
                 while engine.has_work:
                     raise_interrupt()
                     for output in engine.step():
@@ -240,12 +238,12 @@ class _Work:
         request_id: str,
         prompt: str | None,
         prompt_token_ids: list[int],
-        cache_salt: str,
+        options: RequestOptions,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
     ) -> None:
         self.number = int(request_id)
-        self.cache_salt = cache_salt
+        self.options = options
         self.params = params
         self.choices = [Choice(i, prompt_token_ids, params, tokenizer) for i in range(params.n)]
         self.output = RequestOutput(

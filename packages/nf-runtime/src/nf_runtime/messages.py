@@ -3,7 +3,7 @@
 A frame is its length, 4 bytes little-endian, and a JSON object whose first key says what it is. The
 parent sends `config` once, then `add`, `abort` and `stop`. The engine process sends `ready` (with
 `stats`) once it has loaded, then `outputs` (with `stats`) after every iteration, `refused` for a
-request that it cannot run, and `failed` when it has to end.
+request that it cannot run or has no room for, and `failed` when it has to end.
 """
 
 import json
@@ -13,7 +13,13 @@ from typing import Any
 
 from nf_kvcache.disk import DiskStats
 from nf_kvcache.stats import LowerTierStats
-from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
+from nf_runtime.engine_types import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    RequestOptions,
+    TokenOutput,
+)
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.sampling_params import SamplingParams
 from nf_scheduler import FinishReason, Ledger
@@ -34,7 +40,8 @@ def request_to_json(request: EngineRequest) -> dict[str, Any]:
         "prompt_token_ids": request.prompt_token_ids,
         "params": asdict(request.params),
         "seed": request.seed,
-        "cache_salt": request.cache_salt,
+        "options": asdict(request.options),
+        "fork_of": request.fork_of,
     }
 
 
@@ -43,7 +50,8 @@ def request_from_json(value: dict[str, Any]) -> EngineRequest:
     params = value["params"]
     if params["logit_bias"] is not None:  # JSON turns the token ids into strings
         params["logit_bias"] = {int(k): v for k, v in params["logit_bias"].items()}
-    return EngineRequest(**(value | {"params": SamplingParams(**params)}))
+    options = RequestOptions(**value["options"])
+    return EngineRequest(**(value | {"params": SamplingParams(**params), "options": options}))
 
 
 def output_to_json(output: TokenOutput) -> list[Any]:

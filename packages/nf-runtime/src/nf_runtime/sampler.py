@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from nf_kernels.ops import OperationSet
-from nf_runtime.logprobs import RowLogprobs
+from nf_runtime.row_logprobs import PendingLogprobs
 from nf_runtime.sampling_params import SamplingParams
+from nf_runtime.staging import StagingBuffer
 from nf_scheduler import Batch
 
 
 @dataclass(slots=True)
 class RequestSampling:
     """What the sampler knows of one request.
+
+    What is on the device is read and written in the order of the device's work alone.
 
     Attributes:
         params: How its tokens are chosen.
@@ -24,6 +27,9 @@ class RequestSampling:
         output_counts: int32 [V] on the device, how often the answer has each token; with
             penalties only.
         seen: bool [V] on the device, whether prompt or answer have it; with penalties only.
+        bias: Token ids, int64, and what is added to their logits, float32, on the device; with
+            `params.logit_bias` only.
+        stop_ids: int64 on the device, `stop_token_ids`; with `params.min_tokens` only.
         slot: Where its parameters are in the sampler's arrays; -1 before it runs.
     """
 
@@ -33,6 +39,8 @@ class RequestSampling:
     stop_token_ids: frozenset[int]
     output_counts: Tensor | None = field(default=None)
     seen: Tensor | None = field(default=None)
+    bias: tuple[Tensor, Tensor] | None = field(default=None)
+    stop_ids: Tensor | None = field(default=None)
     slot: int = -1
 
 
@@ -47,11 +55,32 @@ class _PromptSpan:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """How to sample one iteration, written down before it runs.
+
+    Attributes:
+        slots: int32 [S], of the requests that sample.
+        arrays: What goes to the device, by name.
+        special: Of the rows that need more than these: row, request, its name, and the position of
+            the new token.
+        prompt_spans: Rows of prompts whose log-probabilities are wanted.
+        prompt_rows: int64, these rows.
+    """
+
+    slots: np.ndarray
+    arrays: dict[str, np.ndarray]
+    special: list[tuple[int, RequestSampling, str, int]]
+    prompt_spans: list[_PromptSpan]
+    prompt_rows: np.ndarray
+
+
 class Sampler:
     """Samples with the parameters of each request, vectorized over the batch.
 
     A draw depends on the request's logits, seed and position alone, so that a seed gives the same
-    tokens whatever else is in the batch.
+    tokens whatever else is in the batch. `plan` is called when an iteration is launched, `sample`
+    and `prompt_logprobs` as a part of it; other requests may come and go in between.
     """
 
     def __init__(
@@ -70,6 +99,7 @@ class Sampler:
         )
         self._vocab_size = vocab_size
         self._device = device
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
         self._requests: dict[str, RequestSampling] = {}
         self._slot_owner: list[str | None] = [None] * max_requests
         # Structure of arrays by slot: an iteration picks its rows with one index each.
@@ -82,13 +112,22 @@ class Sampler:
 
     def add(self, request_id: str, request: RequestSampling) -> None:
         """Announce a request, before its first iteration."""
-        if request.params.has_penalties:
+        params = request.params
+        if params.has_penalties:
             seen = torch.zeros(self._vocab_size, dtype=torch.bool)
             seen[torch.from_numpy(request.prompt_token_ids).long()] = True
             request.seen = seen.to(self._device)
             request.output_counts = torch.zeros(
                 self._vocab_size, dtype=torch.int32, device=self._device
             )
+        if params.logit_bias:
+            ids, values = list(params.logit_bias), list(params.logit_bias.values())
+            request.bias = (
+                torch.tensor(ids, device=self._device),
+                torch.tensor(values, device=self._device).float(),
+            )
+        if params.min_tokens and request.stop_token_ids:
+            request.stop_ids = torch.tensor(sorted(request.stop_token_ids), device=self._device)
         self._requests[request_id] = request
 
     def remove(self, request_id: str) -> None:
@@ -101,76 +140,95 @@ class Sampler:
         if request.slot >= 0 and self._slot_owner[request.slot] == request_id:
             self._slot_owner[request.slot] = None
 
+    def plan(self, batch: Batch) -> SamplingPlan:
+        """Write down how to sample an iteration."""
+        rows = np.flatnonzero(batch.samples)
+        slots = batch.slots[rows]
+        request_ids = [batch.request_ids[row] for row in rows.tolist()]
+        self._settle(request_ids, slots)
+        positions = batch.context_lens[rows] + np.diff(batch.query_start)[rows]
+        spans = self._prompt_spans(batch)
+        prompt_rows = [np.arange(span.row, span.row + span.count) for span in spans]
+        return SamplingPlan(
+            slots=slots,
+            arrays={
+                "sample_slots": slots.astype(np.int64),
+                "temperature": self._temperature[slots],
+                "top_k": self._top_k[slots],
+                "top_p": self._top_p[slots],
+                "min_p": self._min_p[slots],
+                "uniform": uniform(self._seed[slots], positions),
+            },
+            special=[
+                (row, self._requests[name], name, int(positions[row]))
+                for row in np.flatnonzero(self._special[slots]).tolist()
+                for name in (request_ids[row],)
+            ],
+            prompt_spans=spans,
+            prompt_rows=np.concatenate([np.empty(0, dtype=np.int64), *prompt_rows]),
+        )
+
     def sample(
-        self, logits: Tensor, request_ids: list[str], slots: np.ndarray, positions: np.ndarray
-    ) -> tuple[Tensor, dict[str, RowLogprobs]]:
+        self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer
+    ) -> tuple[Tensor, PendingLogprobs | None]:
         """Choose a token for each row.
 
         Args:
             logits: float32 [S, V], changed in place.
-            request_ids: Request of each row.
-            slots: int32 [S], their slots.
-            positions: int32 [S], the position of each new token in its sequence.
+            plan: Of the iteration.
+            staged: Where its arrays are.
 
         Returns:
-            int64 [S] on the device, and log-probabilities by request, for those that want them.
+            int64 [S] on the device, and the log-probabilities of those that want them, if any.
         """
-        self._settle(request_ids, slots)
         wanting = [
-            (row, count)
-            for row in np.flatnonzero(self._special[slots]).tolist()
-            if (count := self._requests[request_ids[row]].params.logprobs) is not None
+            (row, name, request.params.logprobs)
+            for row, request, name, _ in plan.special
+            if request.params.logprobs is not None
         ]
-        wanted_rows = [row for row, _ in wanting]
+        wanted_rows = [row for row, _, _ in wanting]
         raw = logits[wanted_rows] if wanting else None
-        for row in np.flatnonzero(self._special[slots]).tolist():
-            self._adjust(logits[row], self._requests[request_ids[row]], int(positions[row]))
-        out = torch.empty(len(request_ids), dtype=torch.int64, device=self._device)
+        for row, request, _, position in plan.special:
+            self._adjust(logits[row], request, position)
+        out = torch.empty(len(plan.slots), dtype=torch.int64, device=self._device)
+        parameters = ("temperature", "top_k", "top_p", "min_p", "uniform")
         self._sample(
             logits=logits,
-            temperature=self._put(self._temperature[slots]),
-            top_k=self._put(self._top_k[slots]),
-            top_p=self._put(self._top_p[slots]),
-            min_p=self._put(self._min_p[slots]),
-            uniform=self._put(uniform(self._seed[slots], positions)),
+            **{name: staged.on_device(name) for name in parameters},
             out=out,
             scratch=self._scratch,
         )
-        for row in np.flatnonzero(self._special[slots]).tolist():
-            self._count(self._requests[request_ids[row]], out[row : row + 1])
+        for row, request, _, _ in plan.special:
+            self._count(request, out[row : row + 1])
         if raw is None:
-            return out, {}
-        rows = row_logprobs(raw, out[wanted_rows], [count for _, count in wanting])
-        return out, {request_ids[row]: r for row, r in zip(wanted_rows, rows, strict=True)}
-
-    def prompt_rows(self, batch: Batch) -> np.ndarray:
-        """Rows, int64, whose logits tell the probability of a prompt token that was asked for."""
-        rows = [np.arange(span.row, span.row + span.count) for span in self._prompt_spans(batch)]
-        return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+            return out, None
+        names, counts = [name for _, name, _ in wanting], [count for _, _, count in wanting]
+        return out, PendingLogprobs(names, raw, out[wanted_rows], counts)
 
     def prompt_logprobs(
-        self, batch: Batch, logits: Tensor
-    ) -> dict[str, tuple[int, list[RowLogprobs]]]:
-        """Log-probabilities of the prompt tokens that follow the rows of `prompt_rows`.
+        self, plan: SamplingPlan, logits: Tensor
+    ) -> list[tuple[int, PendingLogprobs]]:
+        """Log-probabilities of the prompt tokens that follow the rows of `plan.prompt_rows`.
 
         Args:
-            batch: The iteration's.
+            plan: Of the iteration.
             logits: float32 [rows, V].
 
         Returns:
-            By request, the position of the first row in its sequence, and one entry per row.
+            For each prompt, the position of its first row in its sequence, and one entry per row.
         """
-        result: dict[str, tuple[int, list[RowLogprobs]]] = {}
+        result = []
         done = 0
-        for span in self._prompt_spans(batch):
+        for span in plan.prompt_spans:
             first = span.position + 1
             following = span.request.prompt_token_ids[first : first + span.count]
-            rows = row_logprobs(
+            rows = PendingLogprobs(
+                [span.request_id] * span.count,
                 logits[done : done + span.count],
-                self._put(following.astype(np.int64)),
+                torch.from_numpy(following.astype(np.int64)).to(self._device),
                 [span.request.params.prompt_logprobs or 0] * span.count,
             )
-            result[span.request_id] = (span.position, rows)
+            result.append((span.position, rows))
             done += span.count
         return result
 
@@ -220,22 +278,18 @@ class Sampler:
                 logits.copy_(torch.where(request.seen, penalized, logits))
             logits.sub_(request.output_counts * params.frequency_penalty)
             logits.sub_((request.output_counts > 0) * params.presence_penalty)
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=self._device)
-            values = list(params.logit_bias.values())
-            logits.index_add_(0, ids, torch.tensor(values, device=self._device).float())
-        if position - len(request.prompt_token_ids) < params.min_tokens and request.stop_token_ids:
-            logits[torch.tensor(sorted(request.stop_token_ids), device=self._device)] = -torch.inf
+        if request.bias is not None:
+            ids, values = request.bias
+            logits.index_add_(0, ids, values)
+        length = position - len(request.prompt_token_ids)
+        if request.stop_ids is not None and length < params.min_tokens:
+            logits[request.stop_ids] = -torch.inf
 
     def _count(self, request: RequestSampling, sampled: Tensor) -> None:
         """Remember a sampled token, int64 [1], for the penalties."""
         if request.seen is not None and request.output_counts is not None:
-            one = torch.ones(1, dtype=torch.int32, device=self._device)
-            request.output_counts.index_add_(0, sampled, one)
+            request.output_counts.index_add_(0, sampled, self._one)
             request.seen.index_fill_(0, sampled, True)
-
-    def _put(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -259,30 +313,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
-
-
-def row_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list[RowLogprobs]:
-    """Log-probabilities of some positions.
-
-    Args:
-        logits: float32 [S, V].
-        token_ids: int64 [S], the token at each position.
-        counts: How many of the most likely tokens to report for each.
-    """
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
-    top, ids = logprobs.topk(min(max(counts, default=0), logits.shape[1]), dim=-1)
-    rows = zip(
-        token_ids.tolist(),
-        chosen.squeeze(1).tolist(),
-        ranks.tolist(),
-        ids.tolist(),
-        top.tolist(),
-        counts,
-        strict=True,
-    )
-    return [
-        RowLogprobs(token, logprob, rank, top_ids[:count], top_values[:count])
-        for token, logprob, rank, top_ids, top_values, count in rows
-    ]

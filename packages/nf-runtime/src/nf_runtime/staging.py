@@ -1,125 +1,137 @@
-"""Turning a batch into the arrays that operations read."""
+"""Arrays on their way to the device."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nf_kernels.ops import AttentionBatch
-from nf_runtime.graph import BatchInput, Rows
-from nf_scheduler import Batch
+_ALIGNMENT = 64  # bytes; what the widest loads want
 
 
-@dataclass(frozen=True, slots=True)
-class StagedBatch:
-    """A batch on the device.
+class Guard(Protocol):
+    """Says when the memory of a buffer is not needed any more."""
 
-    Attributes:
-        num_decodes: Rows of decodes, which come first.
-        num_tokens: All rows.
-        num_selected: Rows whose logits are wanted.
-        inputs: Arrays by what operations call them.
-        attention: Those of the decodes and of the prefills, where there are any, with their copies
-            in host memory.
+    def wait(self) -> None:
+        """Wait until then."""
+
+
+class LaunchedWork(Protocol):
+    """What work that was launched knows about the memory it reads."""
+
+    @property
+    def uploaded(self) -> torch.cuda.Event | None:
+        """When the device has read it; None if that was before the work ended."""
+
+
+class StagingBuffer:
+    """The arrays of one iteration, side by side on the host and, sent by one copy, on the device.
+
+    On a CPU both are the same memory. On a GPU that of the host is pinned, so that the copy runs
+    beside the host; it must not be written to again before the copy has been made.
     """
 
-    num_decodes: int
-    num_tokens: int
-    num_selected: int
-    inputs: dict[BatchInput, Tensor]
-    attention: list[AttentionBatch]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = self._allocate(0)
+        self._on_device = self._host
+        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
 
-    def row_range(self, rows: Rows) -> tuple[int, int]:
-        """First row and end of a token range."""
-        if rows is Rows.DECODE:
-            return 0, self.num_decodes
-        if rows is Rows.PREFILL:
-            return self.num_decodes, self.num_tokens
-        return 0, self.num_selected if rows is Rows.SELECTED else self.num_tokens
+    def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write arrays, in place of those from before."""
+        self._places.clear()
+        end = 0
+        for name, array in arrays.items():
+            self._places[name] = end, _DTYPES[array.dtype], array.shape
+            end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if end > len(self._host):
+            self._host = self._allocate(end)
+        for name, array in arrays.items():
+            self.host(name).numpy()[...] = array
 
-    def num_rows(self, rows: Rows) -> int:
-        """Length of a token range."""
-        start, end = self.row_range(rows)
-        return end - start
+    def upload(self) -> None:
+        """Send them to the device, in the order of its work."""
+        if self._device.type == "cpu":
+            self._on_device = self._host
+            return
+        if len(self._on_device) < len(self._host) or self._on_device is self._host:
+            self._on_device = torch.empty_like(self._host, device=self._device)
+        self._on_device[: len(self._host)].copy_(self._host, non_blocking=True)
+
+    def host(self, name: str) -> Tensor:
+        """An array in the memory of the host."""
+        return self._view(self._host, name)
+
+    def on_device(self, name: str) -> Tensor:
+        """The same on the device, for work that follows `upload`."""
+        return self._view(self._on_device, name)
+
+    def _view(self, memory: Tensor, name: str) -> Tensor:
+        start, dtype, shape = self._places[name]
+        size = int(np.prod(shape)) * dtype.itemsize
+        return memory[start : start + size].view(dtype).view(shape)
+
+    def _allocate(self, size: int) -> Tensor:
+        """Room for `size` bytes and some more: the next iterations need a little more each."""
+        rounded = 1 << max(size - 1, 4095).bit_length()
+        return torch.empty(rounded, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
 
-def stage(
-    batch: Batch,
-    page_tables: np.ndarray,
-    page_size: int,
-    prompt_rows: np.ndarray,
-    last_sampled: Tensor,
-    *,
-    device: torch.device,
-) -> StagedBatch:
-    """Make the arrays of one iteration.
+_DTYPES = {
+    np.dtype(name): getattr(torch, name) for name in ("bool", "int32", "int64", "float32", "uint8")
+}
+
+
+class StagingRing:
+    """Buffers that iterations take in turn, each guarded until what it was used for is over.
 
     Args:
-        batch: n requests with T tokens, decodes first.
-        page_tables: int32 [n, P].
-        page_size: Token slots of a page.
-        prompt_rows: int64, rows whose logits are wanted besides the sampled ones.
-        last_sampled: int64 [slots] on the device, the token that each slot sampled last.
+        depth: How many there are. With one more than iterations are in flight, nobody waits.
         device: Where the arrays go.
+
+    Attributes:
+        waits: How often a buffer was wanted that was still in use.
     """
-    lengths = np.diff(batch.query_start)
-    request_of_row = np.repeat(np.arange(len(batch)), lengths)
-    first_rows = batch.query_start[:-1]
-    positions = np.arange(batch.num_tokens) + (batch.context_lens - first_rows)[request_of_row]
-    pages = page_tables[request_of_row, positions // page_size].astype(np.int64)
-    seq_lens = batch.context_lens + lengths
-    sampled_rows = batch.query_start[1:][batch.samples].astype(np.int64) - 1
-    selected = np.concatenate((sampled_rows, prompt_rows))
-    split = batch.num_decodes
 
-    def on_host(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+    def __init__(self, depth: int, device: torch.device) -> None:
+        self.waits = 0
+        self._buffers = [StagingBuffer(device) for _ in range(depth)]
+        self._guards: list[Guard | None] = [None] * depth
+        self._next = 0
 
-    def put(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        return on_host(array, dtype).to(device)
+    def acquire(self) -> StagingBuffer:
+        """The buffer whose turn it is, once it may be written to."""
+        guard = self._guards[self._next]
+        if guard is not None:
+            guard.wait()
+            self._guards[self._next] = None
+        return self._buffers[self._next]
 
-    token_ids = put(batch.token_ids, np.int64)
-    if (batch.token_ids < 0).any():
-        slots = put(batch.slots[request_of_row], np.int64)
-        token_ids = torch.where(token_ids < 0, last_sampled[slots], token_ids)
-    inputs = {
-        BatchInput.TOKEN_IDS: token_ids,
-        BatchInput.POSITIONS: put(positions, np.int64),
-        BatchInput.SLOTS: put(pages * page_size + positions % page_size, np.int64),
-        BatchInput.DECODE_PAGE_TABLE: put(page_tables[:split], np.int32),
-        BatchInput.DECODE_SEQ_LENS: put(seq_lens[:split], np.int32),
-        BatchInput.PREFILL_PAGE_TABLE: put(page_tables[split:], np.int32),
-        BatchInput.PREFILL_QUERY_START: put(batch.query_start[split:] - split, np.int32),
-        BatchInput.PREFILL_SEQ_LENS: put(seq_lens[split:], np.int32),
-        BatchInput.SELECTED_ROWS: put(selected, np.int64),
-    }
-    tables, totals = on_host(page_tables, np.int32), on_host(seq_lens, np.int32)
-    attention = []
-    if split:
-        attention.append(
-            AttentionBatch(
-                inputs[BatchInput.DECODE_PAGE_TABLE],
-                inputs[BatchInput.DECODE_SEQ_LENS],
-                host_page_table=tables[:split],
-                host_seq_lens=totals[:split],
-            )
-        )
-    if split < len(batch):
-        attention.append(
-            AttentionBatch(
-                inputs[BatchInput.PREFILL_PAGE_TABLE],
-                inputs[BatchInput.PREFILL_SEQ_LENS],
-                inputs[BatchInput.PREFILL_QUERY_START],
-                host_page_table=tables[split:],
-                host_seq_lens=totals[split:],
-                host_query_start=on_host(batch.query_start[split:] - split, np.int32),
-            )
-        )
-    return StagedBatch(
-        num_decodes=split,
-        num_tokens=batch.num_tokens,
-        num_selected=len(selected),
-        inputs=inputs,
-        attention=attention,
-    )
+    def release(self, guard: Guard) -> None:
+        """Keep the buffer acquired last for what `guard` guards; the next one's turn comes."""
+        self._guards[self._next] = guard
+        self._next = (self._next + 1) % len(self._buffers)
+
+
+class WorkGuard:
+    """Guards memory until work of a `DeviceQueue` is done and has let go of it.
+
+    Args:
+        work: What the queue gave. Its result, a `LaunchedWork`, says when the device has read the
+            memory, if that is later than the end of the work.
+    """
+
+    def __init__(self, work: Future[Any]) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Wait until then. What the work raised is for others to see."""
+        wait_for([self._work])
+        if self._work.exception() is None:
+            launched: LaunchedWork = self._work.result()
+            uploaded = launched.uploaded
+            if uploaded is not None:
+                uploaded.synchronize()

@@ -5,27 +5,58 @@ asks whoever owns the KV pages through the `PageBudget` protocol, and does not c
 model.
 """
 
+from nf_scheduler.admission import Admission, PredictedPeak, ReservingAdmission
 from nf_scheduler.batch import Batch
-from nf_scheduler.config import SchedulerConfig
+from nf_scheduler.config import SchedulerConfig, TokenBudget
+from nf_scheduler.errors import QueueFull
 from nf_scheduler.ledger import Ledger
+from nf_scheduler.output_lengths import OutputLengths
 from nf_scheduler.page_budget import PageBudget, PrefixMatch
+from nf_scheduler.policy import (
+    POLICIES,
+    Policy,
+    PolicyFacts,
+    PrefixAffinity,
+    Priority,
+    ServiceLevel,
+    ShortestFirst,
+    SloAware,
+)
 from nf_scheduler.request import FinishReason, Request, RequestState
-from nf_scheduler.result import IterationResult, TokenEvent
+from nf_scheduler.result import IterationResult, Progress, RequestEnd, TokenEvent
 from nf_scheduler.scheduler import Scheduler
+from nf_scheduler.stats import SchedulerStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "POLICIES",
+    "Admission",
     "Batch",
     "FinishReason",
     "IterationResult",
     "Ledger",
+    "OutputLengths",
     "PageBudget",
+    "Policy",
+    "PolicyFacts",
+    "PredictedPeak",
+    "PrefixAffinity",
     "PrefixMatch",
+    "Priority",
+    "Progress",
+    "QueueFull",
     "Request",
+    "RequestEnd",
     "RequestState",
+    "ReservingAdmission",
     "Scheduler",
     "SchedulerConfig",
+    "SchedulerStats",
+    "ServiceLevel",
+    "ShortestFirst",
+    "SloAware",
+    "TokenBudget",
     "TokenEvent",
     "__version__",
 ]

@@ -10,6 +10,7 @@ from nf_scheduler.batch import Batch
 from nf_scheduler.request import RequestState
 from nf_scheduler.running_set import RunningSet
 from nf_scheduler.sequence import Sequence
+from nf_scheduler.waiting_queue import WaitingQueue
 
 _QUEUED = (RequestState.WAITING, RequestState.PREEMPTED)
 _WAITS = RequestState.WAITING_FOR_RESTORE
@@ -17,35 +18,53 @@ _WAITS = RequestState.WAITING_FOR_RESTORE
 
 def find_fault(
     sequences: Mapping[str, Sequence],
-    queue: list[Sequence],
+    queue: WaitingQueue,
+    forks: list[Sequence],
     running: RunningSet,
     in_flight: Iterable[Batch],
 ) -> str | None:
-    """The first invariant that does not hold, in words, or None."""
-    faults = _faults(sequences, queue, running, list(in_flight))
+    """The first invariant that does not hold, in words, or None.
+
+    Args:
+        sequences: all that have not finished, by request.
+        queue: those that wait for pages.
+        forks: those that wait for the prompt of another one.
+        running: those that have pages.
+        in_flight: uncommitted iterations.
+    """
+    faults = _faults(sequences, queue, forks, running, list(in_flight))
     return next(faults, None)
 
 
 def _faults(
     sequences: Mapping[str, Sequence],
-    queue: list[Sequence],
+    queue: WaitingQueue,
+    forks: list[Sequence],
     running: RunningSet,
     in_flight: list[Batch],
 ) -> Iterator[str]:
+    waiting = [*queue, *forks]
     occupants = [sequence for sequence in running.sequences if sequence is not None]
-    if {id(s) for s in sequences.values()} != {id(s) for s in queue + occupants}:
+    if {id(s) for s in sequences.values()} != {id(s) for s in waiting + occupants}:
         yield "the requests known are not exactly those that are queued or occupy a slot"
-    if len(queue) + len(occupants) != len(sequences):
+    if len(waiting) + len(occupants) != len(sequences):
         yield "a request is queued twice, or queued while it occupies a slot"
-    arrivals = [sequence.arrival for sequence in queue]
-    if arrivals != sorted(arrivals):
-        yield f"the queue is not in order of arrival: {arrivals}"
+    if len(queue) != len(list(queue)):
+        yield f"the queue counts {len(queue)} requests, and has {len(list(queue))}"
+    if queue.num_prompt_tokens != sum(s.request.prompt_len for s in queue):
+        yield f"the queue counts {queue.num_prompt_tokens} prompt tokens, and has others"
+    last: dict[str, tuple[float, int]] = {}
     for sequence in queue:
+        tenant = sequence.request.tenant
+        if tenant in last and last[tenant] > sequence.place:
+            yield f"{sequence.request_id!r} is queued behind others that come after it"
+        last[tenant] = sequence.place
+    for sequence in waiting:
         if sequence.state not in _QUEUED or sequence.slot != -1:
             yield f"{sequence.request_id!r} is queued as {sequence.state.name}"
-    for sequence in occupants:
-        if sequence.state is _WAITS and arrivals and sequence.arrival > arrivals[0]:
-            yield f"{sequence.request_id!r} is restored before an older request in the queue"
+    slots = [sequence.slot for sequence in sorted(occupants, key=lambda s: s.place)]
+    if running.occupied.tolist() != slots:
+        yield f"slots {slots} are occupied in order, but {running.occupied.tolist()} are listed"
     in_flight_of = np.zeros_like(running.in_flight)
     pending_of = np.zeros_like(running.pending)
     for batch in in_flight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,9 +32,10 @@ class PrefixMatch(Protocol):
 class PageBudget(Protocol):
     """Pages of KV, handed out by the sequence. `nf_kvcache.KVCache` is one.
 
-    A sequence is named by its request id, begins with its first `reserve` and ends with its one
-    `release`. In between, `preempt` takes its pages, and the next `reserve` gives it new ones. The
-    scheduler passes a match only to the `can_reserve` and `reserve` that follow it directly.
+    A sequence is named by its request id, begins with its first `reserve`, or as a `fork` of
+    another, and ends with its one `release`. In between, `preempt` takes its pages, and the next
+    `reserve` gives it new ones. The scheduler passes a match only to the `can_reserve` and
+    `reserve` that follow it directly.
 
     KV in a lower tier is brought up without anyone waiting for it in a call: `reserve` begins that,
     and `restored` says when it has ended. It has to end in bounded time, and may end with less.
@@ -47,6 +48,10 @@ class PageBudget(Protocol):
     @property
     def num_pages(self) -> int:
         """Pages that exist. One sequence alone can always have them all."""
+
+    @property
+    def num_available(self) -> int:
+        """Pages that nobody refers to, which `reserve` can give out now."""
 
     def match(self, token_ids: np.ndarray, *, seq: str = "", cache_salt: str = "") -> PrefixMatch:
         """Find the longest prefix of `token_ids` whose KV exists in any tier, in whole pages.
@@ -74,6 +79,13 @@ class PageBudget(Protocol):
             RuntimeError: there are not enough pages; nothing has changed.
         """
 
+    def grow(self, seqs: Sequence[str]) -> None:
+        """Give each of `seqs` one more page.
+
+        The scheduler asks for no more than `num_available`, and for nobody who lacks a page that
+        another one shares (see `fork`).
+        """
+
     def restored(self, seq: str) -> PrefixMatch | None:
         """What has come of the match that `seq` was begun with.
 
@@ -85,12 +97,27 @@ class PageBudget(Protocol):
             None while pages are on their way up; the match itself at once if none have to be.
         """
 
+    def fork(self, parent: str, child: str, num_tokens: int) -> None:
+        """Begin `child` with the KV of the first `num_tokens` tokens of `parent`.
+
+        The scheduler has committed them, and reserves for the child next, which gives it a page of
+        its own in place of a partly filled one: the parent goes on writing to that.
+        """
+
     def commit(self, seq: str, token_ids: np.ndarray) -> None:
         """Say that the KV of the next tokens of `seq` (int32 [n]) is complete.
 
         They follow those of what was restored and of earlier commits. The scheduler calls this
         whenever pages have become full, with their tokens, and before `preempt`, with what is
         complete of the last page.
+        """
+
+    def commit_pages(self, seqs: Sequence[str], token_ids: np.ndarray) -> None:
+        """Say the same of the next page of each of some sequences.
+
+        Args:
+            seqs: n sequences, which have only full pages committed.
+            token_ids: int32 [n, page_size].
         """
 
     def preempt(self, seq: str) -> None:

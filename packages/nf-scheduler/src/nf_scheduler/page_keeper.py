@@ -28,23 +28,41 @@ class PageKeeper:
         self._running = running
         self._clock = clock
 
-    def start(self, sequence: Sequence) -> int | None:
+    def start(self, sequence: Sequence, tenant: int, parent: Sequence | None) -> int | None:
         """Give a queued request pages for all its known tokens, and a slot.
 
         It runs from the end of what could be found of its KV, or waits until that is restored.
+
+        Args:
+            sequence: the request.
+            tenant: index of its tenant.
+            parent: a running request with the same prompt, whose KV is complete.
 
         Returns:
             The slot; None if there are too few pages.
         """
         pages, request_id, num_tokens = self._pages, sequence.request_id, sequence.num_tokens
-        match = self._match(sequence)
-        if not pages.can_reserve(request_id, num_tokens, match):
-            return None
+        available = pages.num_available
+        match = None
+        if parent is not None:
+            shared = (num_tokens - 1) // pages.page_size
+            if self._num_pages(num_tokens) - shared > available:
+                return None
+            self._fork(sequence, parent)
+        else:
+            match = self._match(sequence)
+            if not pages.can_reserve(request_id, num_tokens, match):
+                return None
         pages.reserve(request_id, num_tokens, match)
-        slot = self._running.add(sequence, -(-num_tokens // pages.page_size) * pages.page_size)
+        count = self._num_pages(num_tokens)
+        taken = available - pages.num_available
+        slot = self._running.add(sequence, count * pages.page_size, count - taken, tenant)
         if sequence.ledger.first_scheduled is None:  # else it was preempted
             sequence.ledger.first_scheduled = self._clock()
-        if match is not None:
+        if parent is not None:
+            sequence.count_reuse(num_tokens - 1, {"device": num_tokens - 1})
+            self._running.go_on(slot, num_tokens - 1)
+        elif match is not None:
             restored = pages.restored(request_id)
             if restored is None:
                 sequence.restore_began = self._clock()
@@ -52,6 +70,15 @@ class PageKeeper:
             else:
                 self._reuse(slot, restored)
         return slot
+
+    def has_computed_prompt(self, sequence: Sequence) -> bool:
+        """Whether a request has pages with the KV of all its prompt but the last token."""
+        slot = sequence.slot
+        return (
+            slot >= 0
+            and bool(self._running.alive[slot])
+            and int(self._running.completed[slot]) >= sequence.request.prompt_len - 1
+        )
 
     def end_restores(self) -> None:
         """Run the requests whose restore has ended."""
@@ -62,22 +89,38 @@ class PageKeeper:
                 sequence.end_restore(self._clock())
                 self._reuse(slot, restored)
 
-    def grow(self, slot: int) -> bool:
-        """Reserve a page for the next token of the request in `slot`; False if there is none."""
-        running, request_id = self._running, self._running.sequence(slot).request_id
-        num_tokens = int(running.scheduled[slot]) + 1
-        if not self._pages.can_reserve(request_id, num_tokens):
+    def grow(self, slots: np.ndarray) -> bool:
+        """Reserve a page for the next token of each request; if there are not enough, for nobody.
+
+        Returns:
+            Whether there were enough.
+        """
+        if self._pages.num_available < len(slots):
             return False
-        self._pages.reserve(request_id, num_tokens)
-        running.capacity[slot] += self._pages.page_size
+        self._pages.grow([self._running.sequence(slot).request_id for slot in slots.tolist()])
+        self._running.capacity[slots] += self._pages.page_size
         return True
 
     def publish(self, slots: np.ndarray) -> None:
         """Report to the page budget the pages that have become full."""
         running, page_size = self._running, self._pages.page_size
+        published = running.published[slots]
+        # Of a partly filled page some may be published already, so this asks for a few too many.
+        news = running.completed[slots] - published >= page_size - published % page_size
+        if not news.any():
+            return
+        slots, published = slots[news], published[news]
         full = running.completed[slots] // page_size * page_size
-        news = full > running.published[slots]
-        for slot, stop in zip(slots[news].tolist(), full[news].tolist(), strict=True):
+        # Mostly a page of a decode, whose tokens are at hand; as many at once as there are.
+        single = (full == published + page_size) & (published >= running.recent_from[slots])
+        single &= published % page_size == 0
+        decodes = slots[single]
+        if len(decodes):
+            names = [running.sequence(slot).request_id for slot in decodes.tolist()]
+            self._pages.commit_pages(names, running.recent[decodes])
+            running.published[decodes] = full[single]
+        others = ~single
+        for slot, stop in zip(slots[others].tolist(), full[others].tolist(), strict=True):
             self._commit(slot, stop)
 
     def preempt(self, slot: int) -> Sequence:
@@ -116,6 +159,21 @@ class PageKeeper:
         """Drop what is kept for the return of a queued request, if it was preempted."""
         if sequence.state is RequestState.PREEMPTED and sequence.request.reuse_prefix:
             self._pages.release(sequence.request_id)
+
+    def count_cached(self, sequence: Sequence) -> int:
+        """Tokens of a queued request whose KV would be found now."""
+        match = self._match(sequence)
+        return 0 if match is None else match.num_tokens
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pages.page_size)
+
+    def _fork(self, sequence: Sequence, parent: Sequence) -> None:
+        """Begin a request with the KV of another one's prompt, all but that of the last token."""
+        num_tokens = sequence.request.prompt_len - 1
+        if num_tokens > self._running.published[parent.slot]:
+            self._commit(parent.slot, num_tokens)
+        self._pages.fork(parent.request_id, sequence.request_id, num_tokens)
 
     def _match(self, sequence: Sequence) -> PrefixMatch | None:
         """Find KV to reuse. The last token is always computed, because it is sampled from."""

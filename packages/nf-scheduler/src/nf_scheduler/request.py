@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class FinishReason(enum.StrEnum):
     """It reached `max_tokens`."""
     ABORT = "abort"
     """`Scheduler.abort` was called."""
+    TIMEOUT = "timeout"
+    """Its deadline passed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,10 +52,17 @@ class Request:
             caller ignores them.
         reuse_prefix: False computes every position anew, even those whose KV is cached.
         cache_salt: KV is reused only among requests with the same salt.
+        priority: for policies that look at it: lower goes first.
+        tenant: who asks. Tenants that wait get equal shares of what is computed.
+        request_class: for policies that look at it, such as the name of a service level.
+        deadline: time of the scheduler's clock at which it ends, whatever it has by then.
+        fork_of: id of a request with the same prompt, added before. While that one lives, this one
+            waits until the prompt is computed, and then begins with its pages, the partly filled
+            last one copied. It needs nothing else of the other, which may end at any time.
 
     Raises:
-        ValueError: for an empty id or prompt, a prompt that is not one dimension of integers, or
-            counts out of range.
+        ValueError: for an empty id or prompt, a prompt that is not one dimension of integers,
+            counts out of range, or a deadline that is not a number.
     """
 
     request_id: str
@@ -62,6 +72,11 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     reuse_prefix: bool = True
     cache_salt: str = ""
+    priority: int = 0
+    tenant: str = ""
+    request_class: str = ""
+    deadline: float | None = None
+    fork_of: str | None = None
 
     def __post_init__(self) -> None:
         if not self.request_id:
@@ -81,8 +96,16 @@ class Request:
             raise ValueError(
                 f"min_tokens of {self.request_id!r} is {self.min_tokens}; expected 0 or more."
             )
+        if self.deadline is not None and math.isnan(self.deadline):
+            raise ValueError(f"deadline of {self.request_id!r} is NaN; expected a time, or None.")
 
     @property
     def prompt_len(self) -> int:
         """Number of prompt tokens."""
         return len(self.prompt_token_ids)
+
+    def shares_prompt_with(self, other: Request) -> bool:
+        """Whether the KV of the prompt is the same and may be shared."""
+        return self.cache_salt == other.cache_salt and np.array_equal(
+            self.prompt_token_ids, other.prompt_token_ids
+        )

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from nf_scheduler.batch import Batch
 from nf_scheduler.request import RequestState
 from nf_scheduler.sequence import Sequence
+
+_STOP_WIDTH = 4  # stop ids that are compared for all requests at once
+_NO_STOP = np.iinfo(np.int32).min
+
+
+def _nowhere(token: int) -> None:
+    """Where a token for an empty slot goes."""
+    raise RuntimeError(f"Token {token} was sampled for a slot that is empty.")
 
 
 class RunningSet:
@@ -14,13 +24,13 @@ class RunningSet:
 
     A request occupies a slot from admission until its last iteration in flight is committed. It is
     `alive` until it finishes. One that waits for a restore is alive and idle, and has no KV yet.
-    All orders below are orders of arrival, oldest first.
+    All orders below are by rank, then arrival; the first comes first.
 
     Attributes:
+        num_retired: slots of requests that have finished.
         sequences: who occupies each slot.
         alive: bool; occupied by a request that goes on.
         restoring: bool; it waits for a restore.
-        arrival: int64; number of the request, in order of arrival.
         prompt_len: tokens of the prompt.
         limit: tokens at which the request ends: prompt_len + max_tokens.
         known: tokens whose ids are known.
@@ -30,25 +40,47 @@ class RunningSet:
         completed: tokens whose KV is in pages for certain.
         published: tokens that the page budget knows to be complete.
         capacity: tokens for which pages are reserved.
+        shared_pages: those of its pages that were in use when it got them.
+        recent: [page_size] each; ids of the last known tokens, at their positions in a page.
+        recent_from: the first token that `recent` may still have.
         in_flight: uncommitted iterations that contain the request.
+        tenant: index of its tenant.
+        first_token: float64; when its first token was committed, or NaN.
     """
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, page_size: int) -> None:
+        self.num_retired = 0
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        self.alive = np.zeros(max_num_seqs, dtype=np.bool_)
-        self.restoring = np.zeros(max_num_seqs, dtype=np.bool_)
-        self.arrival = np.zeros(max_num_seqs, dtype=np.int64)
-        self.prompt_len = np.zeros(max_num_seqs, dtype=np.int32)
-        self.limit = np.zeros(max_num_seqs, dtype=np.int32)
-        self.known = np.zeros(max_num_seqs, dtype=np.int32)
-        self.pending = np.zeros(max_num_seqs, dtype=np.int32)
-        self.last_token = np.zeros(max_num_seqs, dtype=np.int32)
-        self.scheduled = np.zeros(max_num_seqs, dtype=np.int32)
-        self.completed = np.zeros(max_num_seqs, dtype=np.int32)
-        self.published = np.zeros(max_num_seqs, dtype=np.int32)
-        self.capacity = np.zeros(max_num_seqs, dtype=np.int32)
-        self.in_flight = np.zeros(max_num_seqs, dtype=np.int32)
+        self._order = np.empty(0, dtype=np.int32)  # occupied slots, in order
+        self._ids = [""] * max_num_seqs
+        self._append: list[Callable[[int], None]] = [_nowhere] * max_num_seqs  # to the output
+
+        def zeros(dtype: type[np.generic] = np.int32) -> np.ndarray:
+            return np.zeros(max_num_seqs, dtype=dtype)
+
+        self.alive = zeros(np.bool_)
+        self.restoring = zeros(np.bool_)
+        self.prompt_len = zeros()
+        self.limit = zeros()
+        self.known = zeros()
+        self.pending = zeros()
+        self.last_token = zeros()
+        self.scheduled = zeros()
+        self.completed = zeros()
+        self.published = zeros()
+        self.capacity = zeros()
+        self.shared_pages = zeros()
+        self.recent = np.zeros((max_num_seqs, page_size), dtype=np.int32)
+        self.recent_from = zeros()
+        self.in_flight = zeros()
+        self.tenant = zeros()
+        self.first_token = zeros(np.float64)
+        # A stop id ends a request once it has this many tokens.
+        self._stops_from = zeros()
+        self._stops = np.full((max_num_seqs, _STOP_WIDTH), _NO_STOP, dtype=np.int32)
+        self._has_more_stops = zeros(np.bool_)
+        self._num_with_more_stops = 0
 
     @property
     def num_running(self) -> int:
@@ -65,6 +97,17 @@ class RunningSet:
         """Whether another request can be added."""
         return bool(self._free)
 
+    @property
+    def occupied(self) -> np.ndarray:
+        """All occupied slots, int32, in order."""
+        return self._order
+
+    @property
+    def order(self) -> np.ndarray:
+        """Slots of all that are alive, int32, in order."""
+        slots: np.ndarray = self._order[self.alive[self._order]]
+        return slots
+
     def sequence(self, slot: int) -> Sequence:
         """Who occupies `slot`."""
         sequence = self.sequences[slot]
@@ -72,23 +115,42 @@ class RunningSet:
             raise RuntimeError(f"Slot {slot} is empty; something was scheduled that does not run.")
         return sequence
 
-    def add(self, sequence: Sequence, capacity: int) -> int:
+    def add(self, sequence: Sequence, capacity: int, shared_pages: int, tenant: int) -> int:
         """Give `sequence` a slot and run it, with pages for `capacity` tokens and no KV yet."""
         slot = self._free.pop()
         sequence.slot = slot
         sequence.state = RequestState.RUNNING
         request = sequence.request
         self.sequences[slot] = sequence
+        self._ids[slot] = request.request_id
+        self._append[slot] = sequence.output.append
         self.alive[slot] = True
-        self.arrival[slot] = sequence.arrival
         self.prompt_len[slot] = request.prompt_len
         self.limit[slot] = request.prompt_len + request.max_tokens
         self.known[slot] = sequence.num_tokens
         self.pending[slot] = 0
-        self.last_token[slot] = sequence.tokens(sequence.num_tokens - 1, sequence.num_tokens)[0]
+        # The page that the next tokens go on with.
+        page_size = self.recent.shape[1]
+        start = (sequence.num_tokens - 1) // page_size * page_size
+        last = sequence.tokens(start, sequence.num_tokens)
+        self.last_token[slot] = last[-1]
+        self.recent[slot, : len(last)] = last
+        self.recent_from[slot] = start
         self.scheduled[slot] = self.completed[slot] = self.published[slot] = 0
         self.capacity[slot] = capacity
+        self.shared_pages[slot] = shared_pages
         self.in_flight[slot] = 0
+        self.tenant[slot] = tenant
+        first_token = sequence.ledger.first_token
+        self.first_token[slot] = np.nan if first_token is None else first_token
+        stops = sorted(request.stop_token_ids)
+        self._stops_from[slot] = request.prompt_len + min(
+            request.min_tokens, request.max_tokens + 1
+        )
+        self._stops[slot] = (stops + [_NO_STOP] * _STOP_WIDTH)[:_STOP_WIDTH]
+        self._has_more_stops[slot] = len(stops) > _STOP_WIDTH
+        self._num_with_more_stops += len(stops) > _STOP_WIDTH
+        self._insert(slot, sequence)
         return slot
 
     def wait(self, slot: int) -> None:
@@ -106,35 +168,68 @@ class RunningSet:
         """Mark the request in `slot` as finished; it keeps the slot until `remove`."""
         self.sequence(slot).state = RequestState.FINISHED
         self.alive[slot] = False
+        self.num_retired += 1
 
     def remove(self, slot: int) -> None:
         """Free `slot`."""
         self.sequence(slot).slot = -1
+        self.num_retired -= not self.alive[slot]
+        self._num_with_more_stops -= bool(self._has_more_stops[slot])
         self.sequences[slot] = None
+        self._append[slot] = _nowhere
         self.alive[slot] = self.restoring[slot] = False
+        self._order = self._order[self._order != slot]
         self._free.append(slot)
 
     def ready(self) -> tuple[np.ndarray, np.ndarray]:
         """Slots of the requests that can go on now: those that decode, those in their prefill."""
-        slots = np.flatnonzero(self.alive & ~self.restoring)
-        slots = slots[np.argsort(self.arrival[slots])].astype(np.int32)
+        slots = self._order[(self.alive & ~self.restoring)[self._order]]
         total = self.known[slots] + self.pending[slots]
         goes_on = total < self.limit[slots]
         decodes = (self.scheduled[slots] == total - 1) & (total > self.prompt_len[slots])
         return slots[goes_on & decodes], slots[goes_on & ~decodes]
 
-    def latest_after(self, slot: int, *, idle: bool = False) -> int | None:
-        """Slot of the request that arrived last, if later than the one in `slot`.
+    def last_after(self, slot: int, *, idle: bool = False) -> int | None:
+        """Slot of the last request in order, if that comes after the one in `slot`.
 
         Args:
             slot: whose followers are looked at.
             idle: look only at those that no iteration in flight contains.
         """
-        later = self.alive & (self.arrival > self.arrival[slot])
+        position = int(np.flatnonzero(self._order == slot)[0])
+        later = self._order[position + 1 :]
+        eligible = self.alive[later]
         if idle:
-            later &= self.in_flight == 0
-        slots = np.flatnonzero(later)
-        return int(slots[np.argmax(self.arrival[slots])]) if slots.size else None
+            eligible &= self.in_flight[later] == 0
+        slots = later[eligible]
+        return int(slots[-1]) if slots.size else None
+
+    def take_tokens(self, slots: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Append a sampled token to each of some requests.
+
+        Args:
+            slots: int32 [n].
+            tokens: n ids.
+
+        Returns:
+            bool [n] each: whether a stop id ended the request; whether it reached its limit.
+        """
+        ids = np.array(tokens, dtype=np.int32)
+        self.pending[slots] -= 1
+        known = self.known[slots]
+        self.recent[slots, known % self.recent.shape[1]] = ids
+        known += 1
+        self.known[slots] = known
+        self.last_token[slots] = ids
+        append = self._append
+        for slot, token in zip(slots.tolist(), tokens, strict=True):
+            append[slot](token)
+        stopped = (self._stops[slots] == ids[:, None]).any(axis=1)
+        if self._num_with_more_stops:
+            for row in np.flatnonzero(self._has_more_stops[slots] & ~stopped).tolist():
+                stopped[row] = tokens[row] in self.sequence(int(slots[row])).request.stop_token_ids
+        stopped &= known >= self._stops_from[slots]
+        return stopped, known == self.limit[slots]
 
     def form_batch(
         self, iteration: int, decodes: np.ndarray, chunks: list[tuple[int, int]]
@@ -153,21 +248,22 @@ class RunningSet:
         query_start = np.zeros(len(slots) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
         context_lens = self.scheduled[slots]
-        sequences = [self.sequence(slot) for slot in slots.tolist()]
 
         token_ids = np.empty(query_start[-1], dtype=np.int32)
         token_ids[:num_decodes] = np.where(self.pending[decodes] > 0, -1, self.last_token[decodes])
-        for row in range(num_decodes, len(slots)):
-            start, stop = int(context_lens[row]), int(context_lens[row] + counts[row])
-            token_ids[query_start[row] : query_start[row + 1]] = sequences[row].tokens(start, stop)
+        for row, (slot, count) in enumerate(chunks, start=num_decodes):
+            start = int(context_lens[row])
+            tokens = self.sequence(slot).tokens(start, start + count)
+            token_ids[query_start[row] : query_start[row + 1]] = tokens
 
         self.scheduled[slots] += counts
         samples = self.scheduled[slots] == self.known[slots] + self.pending[slots]
         self.pending[slots] += samples
         self.in_flight[slots] += 1
+        ids = self._ids
         return Batch(
             iteration=iteration,
-            request_ids=[sequence.request.request_id for sequence in sequences],
+            request_ids=[ids[slot] for slot in slots.tolist()],
             slots=slots,
             num_decodes=num_decodes,
             query_start=query_start,
@@ -175,3 +271,10 @@ class RunningSet:
             token_ids=token_ids,
             samples=samples,
         )
+
+    def _insert(self, slot: int, sequence: Sequence) -> None:
+        """Put a slot at its place in the order; most come last."""
+        place = len(self._order)
+        while place and self.sequence(int(self._order[place - 1])).place > sequence.place:
+            place -= 1
+        self._order = np.insert(self._order, place, slot)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 
 import numpy as np
 
 from nf_scheduler.ledger import Ledger
 from nf_scheduler.request import FinishReason, Request, RequestState
-from nf_scheduler.result import TokenEvent
+from nf_scheduler.result import RequestEnd
 
 
 class Sequence:
@@ -18,10 +19,11 @@ class Sequence:
     """
 
     __slots__ = (
-        "aborted",
         "arrival",
+        "ending",
         "ledger",
         "output",
+        "rank",
         "request",
         "restore_began",
         "slot",
@@ -33,10 +35,10 @@ class Sequence:
         self.arrival = arrival
         self.state = RequestState.WAITING
         self.slot = -1
-        self.aborted = (
-            False  # while iterations in flight contain it; its last event is still to come
-        )
-        self.output: list[int] = []
+        self.rank = now  # as its policy decides
+        # Why it was ended, while iterations in flight contain it and nobody has been told.
+        self.ending: FinishReason | None = None
+        self.output = array("i")
         self.restore_began: float | None = None  # while it waits for a restore
         self.ledger = Ledger(arrival=now, prompt_tokens=request.prompt_len)
 
@@ -44,6 +46,11 @@ class Sequence:
     def request_id(self) -> str:
         """The name of the request, which is also that of its pages."""
         return self.request.request_id
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """What requests are ordered by: rank, then arrival."""
+        return self.rank, self.arrival
 
     @property
     def num_tokens(self) -> int:
@@ -55,11 +62,13 @@ class Sequence:
         prompt_len = self.request.prompt_len
         if stop <= prompt_len:
             return self.request.prompt_token_ids[start:stop]
+        # A slice of an array is a copy, so that the array itself can go on growing.
         output = self.output[max(start - prompt_len, 0) : stop - prompt_len]
-        if start >= prompt_len:
-            return np.array(output, dtype=np.int32)
-        return np.concatenate(
-            (self.request.prompt_token_ids[start:], np.array(output, dtype=np.int32))
+        ids = np.frombuffer(output, dtype=np.int32)
+        return (
+            ids
+            if start >= prompt_len
+            else np.concatenate((self.request.prompt_token_ids[start:], ids))
         )
 
     def end_restore(self, now: float) -> None:
@@ -76,10 +85,8 @@ class Sequence:
             self.ledger.cached_tokens = num_tokens
             self.ledger.cached_tokens_by_tier = dict(tokens_by_tier)
 
-    def final_event(
-        self, now: float, token_id: int | None, reason: FinishReason, stop_token: int | None = None
-    ) -> TokenEvent:
-        """Close the account; return the last event of the request."""
+    def end(self, now: float, reason: FinishReason, stop_token: int | None = None) -> RequestEnd:
+        """Close the account."""
         self.ledger.finished = now
         self.ledger.output_tokens = len(self.output)
-        return TokenEvent(self.request.request_id, token_id, reason, stop_token, self.ledger)
+        return RequestEnd(reason, stop_token, self.ledger)

@@ -89,6 +89,9 @@ class GenerationRequest(BaseModel):
     add_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     cache_salt: str | None = None
+    priority: int | None = None
+    request_class: str | None = None
+    timeout_seconds: float | None = None
 
     @property
     def num_choices(self) -> int:

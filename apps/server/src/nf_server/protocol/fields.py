@@ -55,7 +55,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "parallel_tool_calls": (),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),

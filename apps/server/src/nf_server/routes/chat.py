@@ -14,6 +14,7 @@ from nf_server.routes.requests import (
     new_record,
     now,
     read_request,
+    request_options,
     service_of,
 )
 from nf_server.sampling import sampling_params, token_budget
@@ -50,7 +51,9 @@ async def create_chat_completion(request: Request) -> Response:
             logprobs=top_logprobs,
             prompt_logprobs=body.prompt_logprobs,
         )
-        generation = service.admit([(tokens, params)], record, cache_salt=body.cache_salt)
+        generation = service.admit(
+            [(tokens, params)], record, options=request_options(request, body)
+        )
     if body.stream:
         renderer = ChatStream(
             AnswerHead(record.completion_id, "chat.completion.chunk", model),

@@ -23,6 +23,7 @@ from nf_server.routes.requests import (
     new_record,
     now,
     read_request,
+    request_options,
     service_of,
 )
 from nf_server.sampling import sampling_params, token_budget
@@ -45,7 +46,9 @@ async def create_completion(request: Request) -> Response:
         tokens = await _tokens(service, body, prompts)
         shape = _shape(service, body, prompts, tokens)
         generation = service.admit(
-            [(t, _params(service, body, t)) for t in tokens], record, cache_salt=body.cache_salt
+            [(t, _params(service, body, t)) for t in tokens],
+            record,
+            options=request_options(request, body),
         )
     if body.stream:
         renderer = CompletionStream(

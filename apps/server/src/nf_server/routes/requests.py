@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -10,11 +11,13 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from nf_runtime import InvalidRequestError, RequestOptions
 from nf_server.body import read_json_object
 from nf_server.errors import ApiError
 from nf_server.protocol.common import GenerationRequest, parse_request
 from nf_server.protocol.fields import warnings_header
 from nf_server.request_log import RequestRecord, log_rejected
+from nf_server.sampling import from_invalid_request
 from nf_server.service import InferenceService
 
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -45,12 +48,33 @@ async def read_request(request: Request, model: type[Body]) -> tuple[Body, dict[
     """The validated body of `request`, and the response headers that warn about its fields.
 
     Raises:
-        ApiError: 400, 404 or 413.
+        ApiError: 400, 404, 413 or 429.
     """
     service = service_of(request)
+    service.check_load()
     body = parse_request(model, await read_json_object(request, service.settings.max_body_bytes))
     extra: dict[str, Any] = body.model_extra or {}
     return body, warnings_header(service.fields.unknown(extra))
+
+
+def request_options(request: Request, body: GenerationRequest) -> RequestOptions:
+    """When and next to whom a request runs. Its tenant is whose key it was sent with.
+
+    Raises:
+        ApiError: 400.
+    """
+    key = request.headers.get("authorization", "")
+    try:
+        return RequestOptions(
+            cache_salt=body.cache_salt or "",
+            priority=body.priority or 0,
+            # The key itself goes no further than here.
+            tenant=hashlib.sha256(key.encode()).hexdigest()[:16] if key else "",
+            request_class=body.request_class or "",
+            timeout_seconds=body.timeout_seconds,
+        )
+    except InvalidRequestError as error:
+        raise from_invalid_request(error) from None
 
 
 def new_record(request: Request, prefix: str, started: float) -> RequestRecord:
