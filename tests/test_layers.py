@@ -30,6 +30,7 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
     "module",
     [
         "nf_scheduler",
+        "nf_scheduler.sim",
         "nf_kernels.cost",
         "nf_kvcache",
         "nf_kvcache.disk",
@@ -39,10 +40,13 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_runtime",
         "nf_runtime.config",
         "nf_runtime.engine_types",
+        "nf_runtime.fan_out",
         "nf_runtime.graph",
+        "nf_runtime.iteration_output",
         "nf_runtime.model_config",
         "nf_runtime.models",
         "nf_runtime.sampling_params",
+        "nf_runtime.scheduling",
     ],
 )
 def test_imports_with_torch_blocked(module: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nf_runtime import AsyncEngine, EngineConfig, SamplingParams
+from nf_runtime import AsyncEngine, EngineConfig, RequestOptions, SamplingParams
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "nanoflow-demo"
 
@@ -20,10 +20,19 @@ def resident_bytes(pid: int) -> int:
 
 async def soak(seconds: float) -> None:
     """Clients with random prompts, lengths and patience, on a cache too small for all of them."""
-    config = EngineConfig(model=str(MODEL), kv_cache_tokens=4096, max_num_seqs=32)
+    config = EngineConfig(
+        model=str(MODEL), kv_cache_tokens=4096, max_num_seqs=32, admission="greedy"
+    )
     engine = await AsyncEngine.start(config)
     randomness = random.Random(0)
-    counts = {"finished": 0, "abandoned": 0}
+
+    def options() -> RequestOptions:
+        return RequestOptions(
+            tenant=randomness.choice(["", "a", "b"]),
+            timeout_seconds=randomness.choice([None, None, 0.05, 5.0]),
+        )
+
+    counts = {"finished": 0, "abandoned": 0, "timed out": 0}
 
     async def client(deadline: float) -> None:
         while time.monotonic() < deadline:
@@ -31,14 +40,17 @@ async def soak(seconds: float) -> None:
             length = randomness.randrange(1, 400)
             patience = randomness.randrange(1, 600)  # tokens, after which the client leaves
             params = SamplingParams(max_tokens=length, ignore_eos=True, temperature=0.5)
-            stream = engine.submit(prompt, params)
-            received = 0
+            stream = engine.submit(prompt, params, options=options())
+            received, in_time = 0, True
             async for deltas in stream:
                 received += sum(len(delta.token_ids) for delta in deltas)
+                in_time &= all(delta.finish_reason != "timeout" for delta in deltas)
                 if received >= patience:
                     break
             await stream.aclose()
-            if received < patience:
+            if not in_time:
+                counts["timed out"] += 1
+            elif received < patience:
                 assert received == length
                 counts["finished"] += 1
             else:
@@ -49,7 +61,7 @@ async def soak(seconds: float) -> None:
         resident = resident_bytes(engine.pid)
         await asyncio.gather(*(client(time.monotonic() + seconds * 3 / 4) for _ in range(48)))
         for _ in range(100):
-            if engine.stats.num_running == engine.stats.num_waiting == 0:
+            if engine.stats.kv_pages_used == 0:
                 break
             await asyncio.sleep(0.05)
         stats = engine.stats

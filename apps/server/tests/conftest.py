@@ -275,7 +275,8 @@ def assert_openai_error() -> Callable[..., dict[str, Any]]:
         assert set(error) == {"message", "type", "param", "code"}
         assert isinstance(error["message"], str)
         assert 0 < len(error["message"]) <= 2000
-        assert error["type"] in {"invalid_request_error", "not_found_error", "server_error"}
+        types = {"invalid_request_error", "not_found_error", "server_error", "overloaded_error"}
+        assert error["type"] in types
         assert error["code"] == code
         assert error["param"] is None or isinstance(error["param"], str)
         if param is not ...:

@@ -43,13 +43,20 @@ def test_help_is_quick() -> None:
         result = nanoflow("--help")
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0
-    for command in ("serve", "generate", "plan", "env", "version"):
+    for command in ("serve", "generate", "plan", "simulate", "env", "version"):
         assert command in result.stdout
     assert min(seconds) < 0.5, seconds
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["serve", "--help"], ["plan", "memory", "--help"], ["version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["plan", "memory", "--help"],
+        ["simulate", "--help"],
+        ["version"],
+    ],
 )
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -230,3 +237,93 @@ def test_generate_with_a_bad_parameter_is_one_line_and_early() -> None:
     line = only_error_line(nanoflow("generate", DEMO_MODEL, "x", "--temperature", "-1"))
     assert "temperature" in line
     assert time.perf_counter() - start < 5
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    path = tmp_path / "trace.csv"
+    rows = [f"XXX,{10 + 7 * i % 400},{1 + 13 * i % 300}" for i in range(200)]
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\nXXX,9999,3\n"
+    )
+    return str(path)
+
+
+def test_simulate_prints_a_table_and_draws(trace: str, tmp_path: Path) -> None:
+    picture = tmp_path / "simulation.svg"
+    arguments = ["--trace", trace, "--rate", "50", "--policy", "shortest", "--pages", "500"]
+    result = nanoflow("simulate", *arguments, "--plot", str(picture))
+    assert result.returncode == 0, result.stderr
+    for text in (
+        "200 requests; 500 pages of 16 tokens",
+        "1 prompts are longer than the context of 8192 tokens and were left out",
+        "not measured",
+        "requests/s",
+        "TTFT p99",
+        "TPOT p50",
+        "preemptions",
+        "pages in use",
+        str(picture),
+    ):
+        assert text in result.stdout
+    assert "pages in use" in picture.read_text() or "<svg" in picture.read_text()
+
+
+def test_simulate_compares_admissions_as_json(trace: str, tmp_path: Path) -> None:
+    arguments = ["--trace", trace, "--requests", "150", "--pages", "300", "--compare", "--json"]
+    result = nanoflow("simulate", *arguments, "--no-plot", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    runs = json.loads(result.stdout)["runs"]
+    assert list(runs) == ["reserve", "predict", "oracle"]
+    assert {run["num_requests"] for run in runs.values()} == {150}
+    assert runs["predict"]["requests_per_second"] > runs["reserve"]["requests_per_second"]
+    assert not list(tmp_path.glob("*.svg"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cost", "nothing"], "cost is 'nothing'"),
+        (["--plot", "picture.gif"], "--plot is 'picture.gif'; expected a name that ends in .svg"),
+        (["--plot", "no/such/folder/x.svg"], "whose folder does not exist"),
+        (["--rate", "0"], "rate is 0"),
+        (["--max-model-len", "5"], "has no request with a prompt of 1 to 4 tokens"),
+    ],
+)
+def test_simulate_refuses_bad_input_in_one_line(
+    trace: str, arguments: list[str], message: str
+) -> None:
+    result = nanoflow("simulate", "--trace", trace, *arguments)
+    assert message in only_error_line(result)
+
+
+def test_simulate_without_a_trace_that_can_be_read() -> None:
+    assert "cannot be read as a trace" in only_error_line(
+        nanoflow("simulate", "--trace", "missing.csv", "--no-plot")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--service-level", "fast"], "--service-level is 'fast'; expected [CLASS:]TTFT,TPOT"),
+        (["--service-level", "1,2", "--service-level", "2,3"], "gives the class '' twice"),
+        (["--policy", "best"], "'best' is not one of"),
+    ],
+)
+def test_serve_refuses_bad_scheduling_options(arguments: list[str], message: str) -> None:
+    result = nanoflow("serve", DEMO_MODEL, "--port", "0", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "slo"], "there are no service_levels"),
+        (["--service-level", "1,2"], "policy is 'fcfs', which does not look at them"),
+        (["--policy", "slo", "--service-level", "0,2"], "in seconds above 0"),
+    ],
+)
+def test_serve_refuses_levels_that_do_not_fit(arguments: list[str], message: str) -> None:
+    assert message in only_error_line(nanoflow("serve", DEMO_MODEL, "--port", "0", *arguments))

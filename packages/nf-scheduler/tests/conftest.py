@@ -16,6 +16,7 @@ from nf_scheduler import (
     Batch,
     FinishReason,
     IterationResult,
+    Policy,
     Request,
     RequestState,
     Scheduler,
@@ -255,6 +256,7 @@ class ToyEngine:
         self.now = 0.0
         parts = {"admission": Admission()} | parts
         self.policy = parts.get("policy")
+        self.tenants: set[str] = set()
         self.scheduler = Scheduler(pages, config, clock=lambda: self.now, **parts)
         self.lives: dict[str, Life] = {}
         self.in_flight: deque[tuple[Batch, np.ndarray]] = deque()
@@ -267,6 +269,7 @@ class ToyEngine:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
+        self.tenants.add(request.tenant)
         history = request.prompt_token_ids.tolist()
         self.lives[request.request_id] = Life(request, len(self.lives), history)
 
@@ -287,6 +290,7 @@ class ToyEngine:
         self.scheduler.check_integrity()
         self._check_pages()
         self._check_restores()
+        self._take(self.scheduler.take_progress())  # deadlines that have passed
         if batch is None and not self.in_flight and self.scheduler.has_work:
             assert self.scheduler.num_restoring, "nothing runs, and nothing is waited for"
         if batch is not None:
@@ -357,7 +361,7 @@ class ToyEngine:
         assert batch.samples.dtype == np.bool_
         assert len(set(batch.request_ids)) == len(set(batch.slots.tolist())) == n
         assert Batch.from_bytes(batch.to_bytes()) == batch
-        decodes = [self.lives[name].arrival for name in batch.request_ids[: batch.num_decodes]]
+        decodes = [self._place(name) for name in batch.request_ids[: batch.num_decodes]]
         assert decodes == sorted(decodes)
         for row in range(n):
             self._check_row(batch, row)
@@ -375,8 +379,11 @@ class ToyEngine:
         if life.slot is None or departures > life.departures:  # a start, or a return
             assert start == len(self.pages.committed[request_id])
             if start % self.pages.page_size:
-                assert life.starts, "a partial page of another request"
-                self.partial_returns += 1
+                is_fork = any(child == request_id for _, child in self.pages.forks)
+                assert life.starts or is_fork, "a partial page of another request"
+                self.partial_returns += bool(life.starts)
+            if not life.starts and any(child == request_id for _, child in self.pages.forks):
+                life.cached_tokens = start
             self.decode_returns += row < batch.num_decodes
             assert life.request.reuse_prefix or start == 0
             assert not any(request_id in other.request_ids for other, _ in self.in_flight)
@@ -441,10 +448,14 @@ class ToyEngine:
         assert self.scheduler.num_restoring == restoring
 
     def _oldest_running(self) -> str | None:
-        """The oldest request with pages, if it runs and has something to compute."""
-        for name, life in self.lives.items():
-            if life.end is not None or self._is_finished(name):
-                continue
+        """The first request with pages, if it runs and has something to compute."""
+        alive = [
+            name
+            for name, life in self.lives.items()
+            if life.end is None and not self._is_finished(name)
+        ]
+        for name in sorted(alive, key=self._place):
+            life = self.lives[name]
             state = self.scheduler.state_of(name)
             if state is RequestState.WAITING_FOR_RESTORE:
                 return None  # it goes on in time, and until then others may lack its pages
@@ -466,11 +477,23 @@ class ToyEngine:
             self.waits += 1
         assert self.waits <= 2 * (self.lag + 1) * (self.config.max_num_seqs + 1), "starvation"
 
+    def _place(self, name: str) -> tuple[float, int]:
+        """Where the scheduler ranks a request."""
+        return self.scheduler._sequences[name].place
+
     def _check_is_next(self, life: Life) -> None:
-        """When a request first runs, no older one is queued."""
+        """When a request first runs, none that comes before it is queued.
+
+        That holds for first come, first served; others may change ranks, and tenants take turns.
+        """
+        if type(self.policy) not in (type(None), Policy) or len(self.tenants) > 1:
+            return
+        if life.request.fork_of is not None:
+            return
         for name, other in self.lives.items():
             if other.arrival < life.arrival and not self._is_finished(name):
-                assert self.scheduler.state_of(name) in (
+                waits_for_prompt = other.request.fork_of is not None
+                assert waits_for_prompt or self.scheduler.state_of(name) in (
                     RequestState.RUNNING,
                     RequestState.WAITING_FOR_RESTORE,
                 )
@@ -480,7 +503,7 @@ class ToyEngine:
             life = self.lives[event.request_id]
             assert life.end is None, "an event after the last"
             if event.token_id is None:
-                assert event.finish_reason is FinishReason.ABORT
+                assert event.finish_reason in (FinishReason.ABORT, FinishReason.TIMEOUT)
             else:
                 life.received.append(event.token_id)
                 expected, reason = expected_output(life.request)

@@ -4,18 +4,53 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from nf_scheduler import FinishReason, Request, SchedulerConfig
+from nf_scheduler import (
+    Admission,
+    FinishReason,
+    OutputLengths,
+    Policy,
+    PredictedPeak,
+    PrefixAffinity,
+    Priority,
+    Request,
+    ReservingAdmission,
+    SchedulerConfig,
+    ServiceLevel,
+    ShortestFirst,
+    SloAware,
+    TokenBudget,
+)
+
+POLICY_MAKERS = st.sampled_from(
+    [
+        Policy,
+        lambda: Priority(ageing_seconds=4.0),
+        lambda: ShortestFirst(seconds_per_token=0.5),
+        lambda: PrefixAffinity(seconds_per_token=0.5),
+        lambda: SloAware({"chat": ServiceLevel(ttft=2.0, tpot=3.0), "": ServiceLevel(ttft=9.0)}),
+    ]
+)
+ADMISSION_MAKERS = st.sampled_from(
+    [
+        Admission,
+        Admission,
+        ReservingAdmission,
+        lambda: PredictedPeak(OutputLengths(64), 64),
+        lambda: PredictedPeak(OutputLengths(64), 64, deviations=0.0),
+    ]
+)
 
 
 @st.composite
 def scenarios(draw):
-    """(config, page size, pages, lag, [(step, request, step of its abort, stored)], chance)."""
+    """(config, page size, pages, lag, [(step, request, step of its abort, stored)], …)."""
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
     config = SchedulerConfig(
         max_model_len=64,
@@ -23,9 +58,15 @@ def scenarios(draw):
         max_num_seqs=draw(st.integers(1, 6)),
         max_prefill_chunk=draw(st.none() | st.integers(1, 20)),
     )
+    if draw(st.booleans()):  # a smaller budget for small batches
+        most = config.max_num_batched_tokens
+        limit = draw(st.integers(1, most))
+        budget = TokenBudget(draw(st.integers(1, limit)), limit, draw(st.integers(1, most)))
+        config = replace(config, budgets=(budget,))
     common = draw(st.lists(st.integers(0, 23), max_size=20))
     arrivals = []
     largest = 1
+    several_tenants = draw(st.booleans())
     for index in range(draw(st.integers(1, 9))):
         own = draw(st.lists(st.integers(0, 23), min_size=1, max_size=20))
         prompt = (common if draw(st.booleans()) else []) + own
@@ -38,13 +79,29 @@ def scenarios(draw):
             stop_token_ids=draw(st.frozensets(st.integers(0, 23), max_size=4)),
             reuse_prefix=draw(st.booleans()),
             cache_salt=draw(st.sampled_from(["", "", "x"])),
+            priority=draw(st.integers(-2, 2)),
+            tenant=draw(st.sampled_from(["", "", "y", "z"])) if several_tenants else "",
+            request_class=draw(st.sampled_from(["", "chat"])),
+            deadline=draw(st.none() | st.integers(1, 60).map(float)),
         )
+        if index and draw(st.integers(0, 3)) == 0:  # another answer to an earlier prompt
+            other = arrivals[draw(st.integers(0, index - 1))][1]
+            prompt = other.prompt_token_ids.tolist()
+            salt, limit = other.cache_salt, min(max_tokens, 64 - len(prompt))
+            request = replace(
+                request,
+                prompt_token_ids=other.prompt_token_ids,
+                cache_salt=salt,
+                max_tokens=limit,
+                fork_of=other.request_id,
+            )
         largest = max(largest, -(-(len(prompt) + max_tokens - 1) // page_size))
         abort = draw(st.none() | st.integers(0, 30))
         arrivals.append((draw(st.integers(0, 15)), request, abort, draw(st.booleans())))
     num_pages = largest + draw(st.integers(0, 12))
     chance = draw(st.randoms(use_true_random=False))
-    return config, page_size, num_pages, draw(st.integers(0, 2)), arrivals, chance
+    parts = {"policy": draw(POLICY_MAKERS)(), "admission": draw(ADMISSION_MAKERS)()}
+    return config, page_size, num_pages, draw(st.integers(0, 2)), arrivals, chance, parts
 
 
 def fate(page_size: int, chance: Random) -> dict[str, Callable]:
@@ -65,10 +122,10 @@ def fate(page_size: int, chance: Random) -> dict[str, Callable]:
 
 def play(toy, scenario):
     """Run a scenario to its end; return the engine."""
-    config, page_size, num_pages, lag, arrivals, chance = scenario
+    config, page_size, num_pages, lag, arrivals, chance, parts = scenario
     stored = [request.prompt_token_ids for _, request, _, is_stored in arrivals if is_stored]
     pages = toy.Pages(page_size, num_pages, stored, **fate(page_size, chance))
-    engine = toy.Engine(pages, config, lag)
+    engine = toy.Engine(pages, config, lag, **parts)
     step = 0
     while engine.scheduler.has_work or any(start >= step for start, *_ in arrivals):
         for start, request, abort, _ in arrivals:
@@ -91,10 +148,17 @@ def test_every_batch_and_every_event_is_right(toy, scenario):
     event(f"lag: {engine.lag}")
     event(f"restores: {min(len(engine.pages.answers), 3)}")
     event(f"interrupted: {min(engine.pages.interrupted, 3)}")
+    event(f"forks: {min(len(engine.pages.forks), 3)}")
+    event(f"timeouts: {min(engine.scheduler.stats.timeouts, 3)}")
+    event(f"policy: {scenario[6]['policy'].name}, admission: {scenario[6]['admission'].name}")
+    overdue = {r.request_id for _, r, _, _ in scenario[4] if r.deadline is not None}
     aborted = {r.request_id for _, r, abort, _ in scenario[4] if abort is not None}
     for name, life in engine.lives.items():
         if life.end.finish_reason is FinishReason.ABORT:
             assert name in aborted
+        elif life.end.finish_reason is FinishReason.TIMEOUT:
+            assert name in overdue
+            assert life.end.ledger.finished >= life.request.deadline
         else:
             assert (life.received, life.end.finish_reason) == toy.expected_output(life.request)
 

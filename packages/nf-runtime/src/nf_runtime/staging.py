@@ -91,13 +91,9 @@ class StagingRing:
     Args:
         depth: How many there are. With one more than iterations are in flight, nobody waits.
         device: Where the arrays go.
-
-    Attributes:
-        waits: How often a buffer was wanted that was still in use.
     """
 
     def __init__(self, depth: int, device: torch.device) -> None:
-        self.waits = 0
         self._buffers = [StagingBuffer(device) for _ in range(depth)]
         self._guards: list[Guard | None] = [None] * depth
         self._next = 0

@@ -36,7 +36,7 @@ class IterationTimes:
         # A little of the identity, because batches that are all alike do not tell the parts apart.
         ridge = np.diag(self._products.diagonal() * 1e-6 + 1e-9)
         fixed, per_decode, per_token = np.linalg.solve(self._products + ridge, self._targets)
-        if per_token <= 0:
+        if not per_token > 0:
             return most
         left = seconds - fixed - per_decode * num_decodes
         return int(min(max(left / per_token, 0.0), most))

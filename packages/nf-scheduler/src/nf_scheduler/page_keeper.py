@@ -49,6 +49,9 @@ class PageKeeper:
             if self._num_pages(num_tokens) - shared > available:
                 return None
             self._fork(sequence, parent)
+            if not pages.can_reserve(request_id, num_tokens):
+                pages.release(request_id)
+                return None
         else:
             match = self._match(sequence)
             if not pages.can_reserve(request_id, num_tokens, match):

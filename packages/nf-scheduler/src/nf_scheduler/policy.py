@@ -200,7 +200,8 @@ class SloAware(Policy):
         # The token that this iteration gives is the one after all that are known, or a later one.
         count = running.known[decodes] - running.prompt_len[decodes] + 1
         due = running.first_token[decodes] + tpot * count
-        return float(np.maximum(tpot, due - now).min(initial=math.inf))
+        # Whose first token is still in flight has no time yet, which is NaN here.
+        return float(np.fmax(tpot, due - now).min(initial=math.inf))
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -50,7 +50,8 @@ class Request:
             counts), a stop id does not end the request. `max_tokens` does, always.
         stop_token_ids: ids that end the request. The end-of-sequence ids are among them unless the
             caller ignores them.
-        reuse_prefix: False computes every position anew, even those whose KV is cached.
+        reuse_prefix: False computes every position anew, even those whose KV is cached; `fork_of`
+            has no effect then.
         cache_salt: KV is reused only among requests with the same salt.
         priority: for policies that look at it: lower goes first.
         tenant: who asks. Tenants that wait get equal shares of what is computed.
@@ -104,8 +105,10 @@ class Request:
         """Number of prompt tokens."""
         return len(self.prompt_token_ids)
 
-    def shares_prompt_with(self, other: Request) -> bool:
-        """Whether the KV of the prompt is the same and may be shared."""
-        return self.cache_salt == other.cache_salt and np.array_equal(
-            self.prompt_token_ids, other.prompt_token_ids
+    def can_fork(self, parent: Request) -> bool:
+        """Whether the KV of the prompt of `parent` is what this one would compute, and may be."""
+        return (
+            self.reuse_prefix
+            and self.cache_salt == parent.cache_salt
+            and np.array_equal(self.prompt_token_ids, parent.prompt_token_ids)
         )

@@ -155,12 +155,12 @@ class Scheduler:
 
         Raises:
             QueueFull: so many are queued already that it is not taken; nothing has changed.
-            ValueError: the id is in use, the request is longer than the model's context or than
-                all pages, or `fork_of` has another prompt.
+            ValueError: the id is in use, or the request is longer than the model's context or than
+                all pages.
         """
         self._check(request)
         parent = self._sequences.get(request.fork_of or "")
-        if parent is None or not parent.request.shares_prompt_with(request):
+        if parent is not None and not request.can_fork(parent.request):
             parent = None
         sequence = Sequence(request, self._num_arrivals, self._clock())
         self._num_arrivals += 1
@@ -468,7 +468,7 @@ class Scheduler:
         parent = self._sequences.get(sequence.request.fork_of or "")
         if parent is None or sequence.output or not self._keeper.has_computed_prompt(parent):
             return None
-        return parent if parent.request.shares_prompt_with(sequence.request) else None
+        return parent if sequence.request.can_fork(parent.request) else None
 
     def _rank_again(self) -> None:
         """Look again at the ranks of some queued requests, in turn."""
