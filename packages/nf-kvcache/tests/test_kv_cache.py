@@ -391,3 +391,102 @@ def test_integrity_check_finds_an_index_that_points_elsewhere():
     nodes[first], nodes[second] = nodes[second], nodes[first]
     with pytest.raises(RuntimeError, match=f"page {first} is not what its prefix says"):
         cache.check_integrity()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("count", range(12))
+def test_a_fork_may_begin_with_fewer_tokens_than_were_committed(count, prefix_caching):
+    """As when another answer to a prompt begins after the first one has gone on."""
+    cache = make(16, prefix_caching=prefix_caching)
+    tokens = np.arange(11, dtype=np.int32)
+    fill(cache, "a", tokens)
+    cache.fork("a", "b", count)
+    shared = count // 4
+    assert pages(cache, "a")[:shared] == pages(cache, "b")[:shared]
+    cache.reserve("b", 12)
+    assert not set(pages(cache, "a")[shared:]) & set(pages(cache, "b")[shared:])
+    other = np.append(tokens[:count], np.arange(50, 62 - count, dtype=np.int32))
+    cache.commit("b", other[count:])
+    cache.check_integrity()
+    assert cache.match(other).num_tokens == (12 if prefix_caching else 0)
+    assert cache.match(tokens).num_tokens == (8 if prefix_caching else 0)
+    cache.reserve("a", 20)
+    for name in "ab":
+        cache.release(name)
+    cache.check_integrity()
+    assert cache.stats().pages_used == 0
+
+
+def test_a_fork_of_more_than_there_is_is_refused():
+    cache = make()
+    fill(cache, "a", np.arange(6, dtype=np.int32))
+    for count in (-1, 7):
+        with pytest.raises(ValueError, match=f"fork of {count} tokens of sequence 'a'.* 6"):
+            cache.fork("a", "b", count)
+    assert cache.num_available == 6
+
+
+@pytest.mark.parametrize("native_index", [True, False])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_many_at_once_is_the_same_as_one_by_one(native_index, prefix_caching):
+    """grow and commit_pages beside reserve and commit, some sequences with equal tokens."""
+    rng = np.random.default_rng(0)
+    options = {"native_index": native_index, "prefix_caching": prefix_caching}
+    one, many = make(200, **options), make(200, **options)
+    names = [f"s{number}" for number in range(6)]
+    for name in names:
+        first = rng.integers(0, 2, 4, dtype=np.int32)
+        for cache in (one, many):
+            fill(cache, name, first)
+    for step in range(2, 8):
+        tokens = rng.integers(0, 2, (len(names), 4), dtype=np.int32)
+        for name, row in zip(names, tokens, strict=True):
+            one.reserve(name, 4 * step)
+            one.commit(name, row)
+        many.grow(names)
+        many.commit_pages(names, tokens)
+        for cache in (one, many):
+            cache.check_integrity()
+        assert one.num_available == many.num_available
+    assert np.array_equal(one.page_tables(names), many.page_tables(names))
+    for length in (8, 12, 28):
+        probe = rng.integers(0, 2, length, dtype=np.int32)
+        assert one.match(probe).num_tokens == many.match(probe).num_tokens
+    for cache in (one, many):
+        for name in names:
+            cache.release(name)
+        cache.check_integrity()
+    assert one.stats() == many.stats()
+
+
+def test_many_at_once_all_or_nothing():
+    cache = make(4)
+    for name in "ab":
+        fill(cache, name, np.arange(4, dtype=np.int32) + ord(name))
+    with pytest.raises(OutOfPages):
+        cache.grow(["a", "b", "a"])
+    with pytest.raises(KeyError, match="No sequence 'c'"):
+        cache.grow(["a", "c"])
+    assert cache.num_available == 2
+    cache.grow(["a"])
+    page = np.zeros((2, 4), dtype=np.int32)
+    with pytest.raises(ValueError, match="sequence 'b', which has no such page"):
+        cache.commit_pages(["a", "b"], page)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\); expected \(2, 4\)"):
+        cache.commit_pages(["a", "b"], page[:, :3])
+    cache.commit("a", ids(1))
+    with pytest.raises(ValueError, match="has filled a part of it"):
+        cache.commit_pages(["a"], page[:1])
+    with pytest.raises(KeyError, match="No sequence 'c'"):
+        cache.page_tables(["a", "c"])
+    cache.check_integrity()
+
+
+def test_growing_a_forked_sequence_gives_it_a_page_of_its_own():
+    cache = make(8)
+    fill(cache, "a", np.arange(6, dtype=np.int32))
+    cache.fork("a", "b")
+    cache.grow(["a", "b"])
+    assert pages(cache, "a")[0] == pages(cache, "b")[0]
+    assert not set(pages(cache, "a")[1:]) & set(pages(cache, "b")[1:])
+    cache.check_integrity()

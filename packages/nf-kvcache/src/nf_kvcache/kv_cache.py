@@ -192,11 +192,14 @@ class KVCache:
             KeyError: no such sequence; nothing has changed.
         """
         entries = [self._entry(seq) for seq in seqs]
-        open_pages = sum(len(self._shared_open(entry)) for entry in entries if entry.forked)
-        pages = self._device.pool.take(len(entries) + open_pages)
-        for entry in entries:
-            if entry.forked:
-                self._unshare(entry, pages)  # takes those that it needs
+        pool = self._device.pool
+        forked = [entry for entry in entries if entry.forked]
+        pages = pool.take(len(entries) + sum(len(self._shared_open(entry)) for entry in forked))
+        for entry in forked:
+            self._unshare(entry, pages)  # takes those that it needs
+        # When one of two has got a page of its own, the other one needs none any more.
+        pool.release(pages[len(entries) :], keep=())
+        del pages[len(entries) :]
         self._table.append_one([entry.row for entry in entries], pages)
 
     def restored(self, seq: str) -> PrefixMatch | None:

@@ -191,8 +191,8 @@ class Engine:
         if name in self._live or any(output.request_id == name for output in self._untold):
             raise ValueError(f"request_id {name!r} is in use; give each its own")
         if self.scheduler.is_in_flight(name):  # another one of that name, which has ended
-            for step in self.loop.settle():
-                self._untold += self._outputs(*step)
+            while self.loop.num_in_flight:
+                self._untold += self._step(self.loop.settle)
         params, options, timeout = request.params, request.options, request.options.timeout_seconds
         prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
         room = self.info.max_model_len - len(prompt)
@@ -235,10 +235,14 @@ class Engine:
         if self._untold:
             untold, self._untold = self._untold, []
             return untold
+        return self._step(self.loop.step)
+
+    def _step(self, do: Callable[[], tuple[Progress, IterationOutput | None]]) -> list[TokenOutput]:
+        """Have the loop do something; if that fails, end the requests that are in flight."""
         try:
-            return self._outputs(*self.loop.step())
+            return self._outputs(*do())
         except BaseException:  # an interrupt as well
-            self._untold = self._outputs(self.loop.fail(), None)
+            self._untold += self._outputs(self.loop.fail(), None)
             raise
 
     def settle(self) -> bool:

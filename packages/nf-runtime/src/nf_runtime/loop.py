@@ -130,9 +130,9 @@ class IterationLoop:
             self._pages.wait(_RESTORE_WAIT_SECONDS)
         return progress, None
 
-    def settle(self) -> list[tuple[Progress, IterationOutput]]:
-        """Commit all that is in flight; what `step` would have returned, in order."""
-        return [self._commit() for _ in range(len(self._in_flight))]
+    def settle(self) -> tuple[Progress, IterationOutput]:
+        """Commit the oldest iteration in flight, and start none; as `step` otherwise."""
+        return self._commit()
 
     def fail(self) -> Progress:
         """End the requests of all iterations in flight; nothing that those wrote is reused.
@@ -140,11 +140,11 @@ class IterationLoop:
         Returns:
             What requests gained: these have ended.
         """
+        self._runner.drain()  # first: until then, what is abandoned may still be written to
         for offload in self._in_flight:
             if offload is not None:
                 offload.abandon()
         self._in_flight.clear()
-        self._runner.drain()
         batches = self._scheduler.in_flight
         for batch in batches:
             for request_id in batch.request_ids:
