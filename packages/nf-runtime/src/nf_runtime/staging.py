@@ -38,6 +38,7 @@ class StagingBuffer:
         self._device = device
         self._host = self._allocate(0)
         self._on_device = self._host
+        self._used = 0  # bytes
         self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -47,6 +48,7 @@ class StagingBuffer:
         for name, array in arrays.items():
             self._places[name] = end, _DTYPES[array.dtype], array.shape
             end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._used = end
         if end > len(self._host):
             self._host = self._allocate(end)
         for name, array in arrays.items():
@@ -59,7 +61,7 @@ class StagingBuffer:
             return
         if len(self._on_device) < len(self._host) or self._on_device is self._host:
             self._on_device = torch.empty_like(self._host, device=self._device)
-        self._on_device[: len(self._host)].copy_(self._host, non_blocking=True)
+        self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
 
     def host(self, name: str) -> Tensor:
         """An array in the memory of the host."""
