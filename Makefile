@@ -49,8 +49,8 @@ $(STAMP): $(SETUP_INPUTS)
 	@PYTHON='$(PYTHON)' scripts/setup.sh
 
 .PHONY: test
-test: setup ## Run the whole test suite (ARGS= goes to pytest); under 18 minutes on two cores
-	$(PYTEST) -m 'not long and not gpu' --session-timeout=1080 $(ARGS)
+test: setup ## Run the whole test suite (ARGS= goes to pytest); under 20 minutes on two cores
+	$(PYTEST) -m 'not long and not gpu' --session-timeout=1440 $(ARGS)
 
 .PHONY: test-long
 test-long: setup ## Run the tests that take long: soak, many kill rounds, all kernel tiles

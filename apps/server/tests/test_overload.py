@@ -34,12 +34,8 @@ def stays_busy(server: Any, count: int) -> list[threading.Thread]:
     return threads
 
 
-@pytest.fixture
-def small(start_live: Start) -> Any:
-    return start_live("--max-num-seqs", "1", "--max-num-queued-reqs", "2")
-
-
-def test_a_full_queue_answers_429_at_once(small: Any, assert_openai_error: Any) -> None:
+def test_a_full_queue_answers_429_at_once(start_live: Start, assert_openai_error: Any) -> None:
+    small = start_live("--max-num-seqs", "1", "--max-num-queued-reqs", "2")
     stays_busy(small, 3)
     seconds = []
     for _ in range(3):
@@ -53,22 +49,9 @@ def test_a_full_queue_answers_429_at_once(small: Any, assert_openai_error: Any) 
     # What clients sort errors by: nothing in it says that a retry is of no use.
     assert not any(word in error["message"].lower() for word in ("capacity", "key", "invalid"))
     assert small.metric('nanoflow_requests_total{outcome="rejected"}') == 3
-
-
-def test_openai_s_client_takes_it_for_a_rate_limit(small: Any) -> None:
-    stays_busy(small, 3)
     client = openai.OpenAI(base_url=f"{small.url}/v1", api_key="-", max_retries=0)
     with pytest.raises(openai.RateLimitError, match="too many requests"):
         client.completions.create(model="nanoflow-demo", prompt="x", max_tokens=5)
-
-
-def test_who_waits_in_vain_gets_408_and_who_is_cut_off_what_there_is(
-    small: Any, assert_openai_error: Any
-) -> None:
-    stays_busy(small, 1)
-    response = post(small, timeout_seconds=0.2)
-    assert_openai_error(response, 408, "deadline_exceeded", "timeout_seconds")
-    assert small.metric('nanoflow_requests_total{outcome="timeout"}') == 1
 
 
 def test_a_request_that_runs_out_of_time_keeps_its_tokens(live: Any) -> None:
@@ -82,9 +65,14 @@ def test_a_request_that_runs_out_of_time_keeps_its_tokens(live: Any) -> None:
     assert 0 < tokens < 900
 
 
-def test_priorities_and_classes_are_looked_at(start_live: Start) -> None:
+def test_priorities_and_deadlines_are_looked_at(
+    start_live: Start, assert_openai_error: Any
+) -> None:
     server = start_live("--max-num-seqs", "1", "--policy", "priority")
     stays_busy(server, 1)
+    response = post(server, timeout_seconds=0.2)  # in vain, behind the long one
+    assert_openai_error(response, 408, "deadline_exceeded", "timeout_seconds")
+    assert server.metric('nanoflow_requests_total{outcome="timeout"}') == 1
     with ThreadPoolExecutor(2) as pool:
         ends: list[str] = []
 

@@ -112,7 +112,7 @@ def test_a_life(child: Child, config: dict[str, Any]) -> None:
         refused = child.receive().get("refused")
     assert refused["request_id"] == "b"
     assert not refused["overloaded"]
-    assert "in use" in refused[1]
+    assert "in use" in refused["message"]
     child.send(abort="b")
     child.send(stop=True)
     assert child.end() == 0
