@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+sys.path.append(str(Path(__file__).parent))  # for the modules beside the tests
 
 _BASE: dict[str, Any] = {
     "vocab_size": 200,

@@ -151,6 +151,28 @@ KvSsdMaxBytes = Annotated[
         show_default="half of what is free, at most 64GiB",
     ),
 ]
+ReplayLogDir = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory for a log from which `nanoflow replay` repeats what was decided.",
+        show_default="no log",
+    ),
+]
+ReplayLogMaxBytes = Annotated[
+    int,
+    typer.Option(
+        parser=parse_byte_size,
+        metavar="SIZE",
+        help="Most bytes in --replay-log-dir; the log ends at half of it.",
+    ),
+]
+ReplayLogTokens = Annotated[
+    bool,
+    typer.Option(
+        "--replay-log-tokens",
+        help="Write prompts and answers into the log; else only which prefixes are alike.",
+    ),
+]
 NativeKernels = Annotated[bool, typer.Option(help="Use the compiled kernels where there are some.")]
 Deterministic = Annotated[
     bool,
@@ -205,6 +227,9 @@ def serve(
     ] = True,
     native_kernels: NativeKernels = True,
     deterministic: Deterministic = False,
+    replay_log_dir: ReplayLogDir = None,
+    replay_log_max_bytes: ReplayLogMaxBytes = "1GiB",  # type: ignore[assignment]
+    replay_log_tokens: ReplayLogTokens = False,
     shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds for requests in flight after SIGTERM or Ctrl+C.", min=0)
     ] = 30.0,
@@ -239,6 +264,9 @@ def serve(
         enable_prefix_caching=enable_prefix_caching,
         native_kernels=native_kernels,
         deterministic=deterministic,
+        replay_log_dir=replay_log_dir,
+        replay_log_max_bytes=replay_log_max_bytes,
+        replay_log_tokens=replay_log_tokens,
     )
     raise typer.Exit(
         command.run(
@@ -251,6 +279,31 @@ def serve(
             log_level=log_level.value,
         )
     )
+
+
+@app.command()
+def replay(
+    log: Annotated[str, typer.Argument(help="A log that `serve --replay-log-dir` has written.")],
+    show: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Print these iterations, each in a line.",
+            show_default="none",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: an object per line, the last for the whole.")
+    ] = False,
+) -> None:
+    """Repeat the decisions of an engine from its log: no model, no device.
+
+    Scheduler, KV cache and loop are the real ones; each iteration, its pages and each end of a
+    request are compared with the log. Exit code: 0 all the same, 1 an error, 3 something differs.
+    """
+    from nf_server.commands import replay as command
+
+    raise typer.Exit(command.run(log, show=show, as_json=as_json))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from nf_kvcache.disk import DiskTier
+from nf_kvcache.disk_store import DiskStore
 from nf_kvcache.host_pages import HostPages
 from nf_kvcache.index import PrefixIndex
 from nf_kvcache.tier import Tier
@@ -27,7 +27,7 @@ class DiskCopies:
         unwritten_pages: counter of pages that left the host before the disk could take them.
     """
 
-    def __init__(self, disk: DiskTier, index: PrefixIndex, host: HostPages) -> None:
+    def __init__(self, disk: DiskStore, index: PrefixIndex, host: HostPages) -> None:
         self.disk = disk
         self.unwritten_pages = 0
         self._index = index

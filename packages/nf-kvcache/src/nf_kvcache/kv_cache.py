@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from nf_kvcache.copier import Copier, Layer, make_copier
+from nf_kvcache.copier import Copier, Event, Layer, make_copier
 from nf_kvcache.device_pages import DevicePages
-from nf_kvcache.disk import DiskTier
+from nf_kvcache.disk_store import DiskStore
 from nf_kvcache.host_tier import HostTier
 from nf_kvcache.index import make_index
 from nf_kvcache.layout import KVLayout
@@ -46,6 +46,8 @@ class KVCache:
         disk: a disk tier for pages of the same shape; needs a host tier, through which its pages
             go. `close` closes it.
         copier: between device and host; by default one that torch does.
+        watch: is given each event whose state the cache will ask for, and gives what it asks
+            instead. With the answers of clock and disk, those decide all that the cache does.
         restore_seconds: after which a page that has not come up is computed instead.
         native_index: False keeps the prefix index in plain Python.
         clock: seconds.
@@ -69,8 +71,9 @@ class KVCache:
         device: str | torch.device = "cpu",
         prefix_caching: bool = True,
         host_bytes: int = 0,
-        disk: DiskTier | None = None,
+        disk: DiskStore | None = None,
         copier: Copier | None = None,
+        watch: Callable[[Event], Event] | None = None,
         restore_seconds: float = 2.0,
         native_index: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -98,6 +101,7 @@ class KVCache:
                 HostTier(layout, host_bytes, device=device),
                 disk,
                 self._copier,
+                watch=watch or (lambda event: event),
                 restore_seconds=restore_seconds,
                 clock=clock,
             )
@@ -136,16 +140,16 @@ class KVCache:
         if self._lower is not None:
             self._lower.poll()
             tail = self._lower.tail_of(seq) if seq else None
-        nodes, pages = self._index.walk(_digest(cache_salt), tokens)
+        nodes, pages = self._index.walk(salt_digest(cache_salt), tokens)
         num_tokens = len(nodes) * self.page_size
         if tail is not None:
-            last = int(nodes[-1]) if len(nodes) else self._index.root(_digest(cache_salt))
+            last = int(nodes[-1]) if len(nodes) else self._index.root(salt_digest(cache_salt))
             rest = tokens[num_tokens : num_tokens + len(tail.tokens)]
             if tail.node != last or not np.array_equal(tail.tokens, rest):
                 tail = None
             else:
                 num_tokens += len(rest)
-        return PrefixMatch(num_tokens, len(tokens), nodes, pages, tail, _digest(cache_salt))
+        return PrefixMatch(num_tokens, len(tokens), nodes, pages, tail, salt_digest(cache_salt))
 
     def can_reserve(self, seq: str, num_tokens: int, match: PrefixMatch | None = None) -> bool:
         """Whether `reserve` with the same arguments would find enough pages.
@@ -640,7 +644,7 @@ class KVCache:
 
 
 def _check_tiers(
-    layout: KVLayout, host_bytes: int, disk: DiskTier | None, prefix_caching: bool
+    layout: KVLayout, host_bytes: int, disk: DiskStore | None, prefix_caching: bool
 ) -> None:
     """Refuse lower tiers that do not fit together."""
     if host_bytes < 0:
@@ -665,6 +669,6 @@ def _check_tiers(
         )
 
 
-def _digest(cache_salt: str) -> bytes:
+def salt_digest(cache_salt: str) -> bytes:
     """What of a salt goes into the index and to the disk: nobody can read the salt from it."""
     return hashlib.sha256(cache_salt.encode()).digest()[:16] if cache_salt else b""

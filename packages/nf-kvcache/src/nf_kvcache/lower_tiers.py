@@ -10,8 +10,8 @@ import numpy as np
 
 from nf_kvcache.copier import Copier, Event
 from nf_kvcache.device_pages import DevicePages
-from nf_kvcache.disk import DiskRead, DiskTier
 from nf_kvcache.disk_copies import DiskCopies
+from nf_kvcache.disk_store import DiskStore, StoredRead
 from nf_kvcache.host_pages import HostPages
 from nf_kvcache.host_tier import HostTier
 from nf_kvcache.index import PrefixIndex
@@ -34,6 +34,7 @@ class LowerTiers:
         host: pages in the memory of the host.
         disk: pages on disk.
         copier: between device and host.
+        watch: as `KVCache`.
         restore_seconds: after which a page that has not come is computed instead.
         clock: seconds.
 
@@ -50,15 +51,17 @@ class LowerTiers:
         device: DevicePages,
         index: PrefixIndex,
         host: HostTier,
-        disk: DiskTier | None,
+        disk: DiskStore | None,
         copier: Copier,
         *,
+        watch: Callable[[Event], Event],
         restore_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = HostPages(host, index)
         self._disk = None if disk is None else DiskCopies(disk, index, self._host)
         self.copier = copier
+        self._watch = watch
         self.incoming: dict[int, tuple[int, Restore]] = {}
         self.skipped_pages = 0
         self.uploaded_pages = 0
@@ -92,7 +95,8 @@ class LowerTiers:
             copier=self.copier,
             order=self._order,
         )
-        return offload, [HostArrival(offload, page) for page in targets]
+        copy = self._watch(offload)
+        return offload, [HostArrival(copy, page) for page in targets]
 
     def expect(self, arrival: HostArrival, node: int = 0, salt: bytes = b"") -> None:
         """Say what the page of the host will hold: the KV of `node`, or nothing of use."""
@@ -134,11 +138,12 @@ class LowerTiers:
             [self._host.tier.page(target) for target in targets],
         )
         self._order.read_by(download.source_read)
+        done = self._watch(download.done)
         for (full, _), target in zip(missing, targets, strict=False):
-            self.expect(HostArrival(download.done, target), full, salt)
+            self.expect(HostArrival(done, target), full, salt)
         if len(targets) > len(missing):
             kept = Tail(node, tokens, targets[-1])
-            self.expect(HostArrival(download.done, targets[-1], tail=(seq, kept)), node, salt)
+            self.expect(HostArrival(done, targets[-1], tail=(seq, kept)), node, salt)
 
     def tail_of(self, seq: str) -> Tail | None:
         """What is kept of a preempted sequence beyond its full pages."""
@@ -189,7 +194,7 @@ class LowerTiers:
         """Take up to `count` pages of the host; what they held is forgotten."""
         return self._host.take(count)
 
-    def start_read(self, steps: Sequence[RestoreStep]) -> DiskRead:
+    def start_read(self, steps: Sequence[RestoreStep]) -> StoredRead:
         """Read slots of the disk into pages of the host."""
         if self._disk is None:
             raise RuntimeError("A page is on disk, but there is no disk tier.")
@@ -199,11 +204,12 @@ class LowerTiers:
 
     def start_upload(self, steps: Sequence[RestoreStep]) -> Event:
         """Copy pages of the host to the device."""
-        return self.copier.upload(
+        upload = self.copier.upload(
             self._device.layers,
             [step.page for step in steps],
             [self._host.tier.page(step.host) for step in steps],
         )
+        return self._watch(upload)
 
     def landed(self, step: RestoreStep) -> None:
         """A page that was read is on the host now."""

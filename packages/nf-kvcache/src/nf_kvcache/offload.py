@@ -127,7 +127,7 @@ class HostArrival:
         tail: a preempted sequence and what is kept of it, if the page is for that.
     """
 
-    copy: IterationOffload | Event
+    copy: Event
     page: int
     node: int = 0
     salt: bytes = b""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nf_kvcache.copier import Event
-from nf_kvcache.disk import DiskRead
+from nf_kvcache.disk_store import StoredRead
 
 GROUP = 32
 """Pages in one read of the disk."""
@@ -40,7 +40,7 @@ class RestoreStep:
 class PendingRead:
     """A read and the pages of the host that it writes to."""
 
-    read: DiskRead
+    read: StoredRead
     steps: list[RestoreStep]
 
 
@@ -50,7 +50,7 @@ class RestoreDevices(Protocol):
     def take_host_pages(self, count: int) -> list[int]:
         """Take up to `count` pages of the host."""
 
-    def start_read(self, steps: Sequence[RestoreStep]) -> DiskRead:
+    def start_read(self, steps: Sequence[RestoreStep]) -> StoredRead:
         """Read slots of the disk into pages of the host."""
 
     def start_upload(self, steps: Sequence[RestoreStep]) -> Event:

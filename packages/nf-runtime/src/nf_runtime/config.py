@@ -62,6 +62,11 @@ class EngineConfig:
             are none.
         async_scheduling: Form and start each iteration while the one before runs. False waits for
             every iteration before it forms the next.
+        replay_log_dir: Directory for logs from which decisions can be repeated
+            (`nf_runtime.replay`); None writes none.
+        replay_log_max_bytes: Bound of all logs in it; the one of this engine ends when it has half.
+        replay_log_tokens: Write prompts and answers as they are. False writes numbers that only
+            tell which prefixes are alike.
     """
 
     model: str
@@ -89,6 +94,9 @@ class EngineConfig:
     native_kernels: bool = True
     deterministic: bool = False
     async_scheduling: bool = True
+    replay_log_dir: str | None = None
+    replay_log_max_bytes: int = 1 << 30
+    replay_log_tokens: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -121,6 +129,7 @@ class EngineConfig:
             "kv_host_bytes",
             "kv_ssd_max_bytes",
             "page_size",
+            "replay_log_max_bytes",
         ):
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -137,6 +146,10 @@ class EngineConfig:
             raise NanoFlowError(
                 f"kv_ssd_max_bytes is {self.kv_ssd_max_bytes}, but there is no SSD tier to bound; "
                 "set kv_ssd_dir as well"
+            )
+        if self.replay_log_tokens and self.replay_log_dir is None:
+            raise NanoFlowError(
+                "replay_log_tokens is set, but there is no replay log; set replay_log_dir as well"
             )
         if self.has_lower_tiers and not self.enable_prefix_caching:
             raise NanoFlowError(

@@ -22,12 +22,13 @@ from nf_runtime.loop import IterationLoop, LoopStats
 from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
+from nf_runtime.replay.recorder import RecordedLoop, Recorder
 from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams
-from nf_runtime.scheduling import make_admission, make_policy
+from nf_runtime.scheduling import make_scheduler
 from nf_runtime.weights import load_weights, make_weights, pack_weights
-from nf_scheduler import OutputLengths, Progress, Request, Scheduler, SchedulerConfig, TokenEvent
+from nf_scheduler import Progress, Request, TokenEvent
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Engine:
         for advice in plan.advice:
             _log.warning("%s", advice)
         max_model_len, num_pages = plan.max_model_len, plan.num_pages
+        self._recorder = recorder = None if config.replay_log_dir is None else Recorder(config)
         self.kv_cache = make_kv_cache(
             config,
             model,
@@ -91,22 +93,10 @@ class Engine:
             device=device,
             weights_digest=weights_digest,
             numerics=operations.name + (" deterministic" if config.deterministic else ""),
+            recorder=recorder,
         )
-        lengths = OutputLengths(max_model_len)
-        self.scheduler = Scheduler(
-            self.kv_cache,
-            SchedulerConfig(
-                max_model_len=max_model_len,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_seqs=config.max_num_seqs,
-                max_prefill_chunk=config.max_prefill_chunk,
-                max_queued_requests=config.max_num_queued_reqs,
-                max_queued_tokens=config.max_num_queued_tokens,
-            ),
-            policy=make_policy(config),
-            admission=make_admission(config, lengths, max_model_len),
-            lengths=lengths,
-            clock=clock,
+        self.scheduler = make_scheduler(
+            config, self.kv_cache, max_model_len, clock if recorder is None else recorder.clock
         )
         self.executor = Executor(
             graph,
@@ -125,13 +115,13 @@ class Engine:
             max_requests=config.max_num_seqs,
             asynchronous=config.async_scheduling,
         )
-        self.loop = IterationLoop(
-            self.scheduler,
-            self.kv_cache,
-            self.executor,
-            lag=1 if config.async_scheduling else 0,
-            clock=clock,
-        )
+        lag = 1 if config.async_scheduling else 0
+        parts = self.scheduler, self.kv_cache, self.executor
+        if recorder is None:
+            self.loop = IterationLoop(*parts, lag=lag, clock=clock)
+        else:
+            recorder.begin(config, self.kv_cache, max_model_len)
+            self.loop = RecordedLoop(recorder, *parts, lag=lag)
         phases["kv_cache"] = clock() - started
         self._live: dict[str, _Live] = {}
         self._untold: list[TokenOutput] = []  # what came between two steps
@@ -200,7 +190,7 @@ class Engine:
         if not params.ignore_eos:
             stop_ids |= frozenset(self.info.eos_token_ids)
         wants_prompt_logprobs = params.prompt_logprobs is not None
-        self.scheduler.add(
+        self.loop.add(
             Request(
                 request_id=request.request_id,
                 prompt_token_ids=prompt,
@@ -223,7 +213,7 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request early; its last output comes with a later `step`. False if not alive."""
-        return self.scheduler.abort(request_id)
+        return self.loop.abort(request_id)
 
     def step(self) -> list[TokenOutput]:
         """Start the next iteration, and give the tokens of one that has ended, if one has.
@@ -251,10 +241,12 @@ class Engine:
         Returns:
             Whether some is still on its way.
         """
-        return self.kv_cache.poll()
+        return self.loop.sync()
 
     def close(self) -> None:
         """Bring what KV is on its way to where it is kept, and end. The engine cannot go on."""
+        if self._recorder is not None:
+            self._recorder.close()
         self.executor.close()
         self.kv_cache.close()
 

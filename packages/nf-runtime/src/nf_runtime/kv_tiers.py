@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from nf_kvcache.fingerprint import Fingerprint
 from nf_runtime.config import EngineConfig
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.model_config import ModelConfig
+from nf_runtime.replay.recorder import Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def make_kv_cache(
     device: torch.device,
     weights_digest: str,
     numerics: str,
+    recorder: Recorder | None = None,
 ) -> KVCache:
     """The KV cache of one rank.
 
@@ -46,6 +49,7 @@ def make_kv_cache(
         device: Where the model runs.
         weights_digest: Tells the weights from others; only looked at for an SSD tier.
         numerics: What besides decides the last bits of the KV; only looked at for an SSD tier.
+        recorder: Writes down what decides the decisions of the cache.
 
     Raises:
         ModelLoadError: A tier cannot be had.
@@ -61,6 +65,10 @@ def make_kv_cache(
     if config.kv_ssd_dir is not None:
         fingerprint = _fingerprint(model, layout, weights_digest, numerics)
         disk = _open_disk(config.kv_ssd_dir, config.kv_ssd_max_bytes, layout, fingerprint)
+    options: dict[str, Any] = {"disk": disk}
+    if recorder is not None:
+        options["disk"] = None if disk is None else recorder.disk(disk)
+        options |= {"watch": recorder.watch, "clock": recorder.clock}
     try:
         return KVCache(
             layout,
@@ -68,7 +76,7 @@ def make_kv_cache(
             device=device,
             prefix_caching=config.enable_prefix_caching,
             host_bytes=host_tier_bytes(config),
-            disk=disk,
+            **options,
         )
     except BaseException as error:
         if disk is not None:

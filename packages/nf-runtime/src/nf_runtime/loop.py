@@ -10,7 +10,7 @@ import numpy as np
 
 from nf_kvcache import IterationOffload
 from nf_runtime.iteration_output import IterationOutput
-from nf_scheduler import Batch, IterationResult, Progress, Scheduler
+from nf_scheduler import Batch, IterationResult, Progress, Request, Scheduler
 
 _RESTORE_WAIT_SECONDS = 0.01  # so long a new request may wait, if all others wait for their KV
 
@@ -70,6 +70,9 @@ class LoopStats:
 class IterationLoop:
     """Forms each iteration while those before it run, and takes results late.
 
+    All that is asked of an engine goes through here, so that it can be written down and repeated
+    (`nf_runtime.replay`).
+
     With a lag of 1, iteration i+1 is formed and launched while i runs and before i's tokens are
     known; then i is waited for. The device goes from one to the next without waiting. With a lag of
     0 every iteration waits for the one before.
@@ -108,6 +111,14 @@ class IterationLoop:
         """Iterations that were launched and not committed."""
         return len(self._in_flight)
 
+    def add(self, request: Request) -> None:
+        """Queue a request; as `Scheduler.add`."""
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request early; as `Scheduler.abort`."""
+        return self._scheduler.abort(request_id)
+
     def step(self) -> tuple[Progress, IterationOutput | None]:
         """Launch the next iteration, if one can run, and commit the oldest, if it is time.
 
@@ -133,6 +144,14 @@ class IterationLoop:
     def settle(self) -> tuple[Progress, IterationOutput]:
         """Commit the oldest iteration in flight, and start none; as `step` otherwise."""
         return self._commit()
+
+    def sync(self) -> bool:
+        """Let KV go on to the lower tiers while there is nothing to `step`.
+
+        Returns:
+            Whether some is still on its way.
+        """
+        return self._pages.poll()
 
     def fail(self) -> Progress:
         """End the requests of all iterations in flight; nothing that those wrote is reused.

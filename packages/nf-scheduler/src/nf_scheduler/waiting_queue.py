@@ -66,5 +66,7 @@ class WaitingQueue:
             return None
         if len(self._by_tenant) == 1:
             return next(iter(self._by_tenant.values()))[0]
-        tenant = min(self._by_tenant, key=lambda name: (self._shares.served(name), name))
+        # Never by name: where a run is repeated from a log, tenants have other names.
+        shares = self._shares
+        tenant = min(self._by_tenant, key=lambda name: (shares.served(name), shares.index(name)))
         return self._by_tenant[tenant][0]
