@@ -43,7 +43,7 @@ def test_help_is_quick() -> None:
         result = nanoflow("--help")
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0
-    for command in ("serve", "generate", "plan", "simulate", "env", "version"):
+    for command in ("serve", "replay", "generate", "plan", "simulate", "env", "version"):
         assert command in result.stdout
     assert min(seconds) < 0.5, seconds
 
@@ -55,6 +55,7 @@ def test_help_is_quick() -> None:
         ["serve", "--help"],
         ["plan", "memory", "--help"],
         ["simulate", "--help"],
+        ["replay", "--help"],
         ["version"],
     ],
 )
