@@ -52,8 +52,8 @@ class RunningSet:
         self.num_retired = 0
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        self._order = np.empty(0, dtype=np.int32)  # occupied slots, in order
-        self._ids = [""] * max_num_seqs
+        self._order = np.empty(0, dtype=np.intp)  # occupied slots, in order
+        self._ids = np.full(max_num_seqs, "", dtype=np.object_)
         self._append: list[Callable[[int], None]] = [_nowhere] * max_num_seqs  # to the output
 
         def zeros(dtype: type[np.generic] = np.int32) -> np.ndarray:
@@ -99,12 +99,12 @@ class RunningSet:
 
     @property
     def occupied(self) -> np.ndarray:
-        """All occupied slots, int32, in order."""
+        """All occupied slots, intp, in order."""
         return self._order
 
     @property
     def order(self) -> np.ndarray:
-        """Slots of all that are alive, int32, in order."""
+        """Slots of all that are alive, intp, in order."""
         slots: np.ndarray = self._order[self.alive[self._order]]
         return slots
 
@@ -114,6 +114,11 @@ class RunningSet:
         if sequence is None:
             raise RuntimeError(f"Slot {slot} is empty; something was scheduled that does not run.")
         return sequence
+
+    def names(self, slots: np.ndarray) -> list[str]:
+        """Ids of the requests in `slots`, intp [n]."""
+        names: list[str] = self._ids[slots].tolist()
+        return names
 
     def add(self, sequence: Sequence, capacity: int, shared_pages: int, tenant: int) -> int:
         """Give `sequence` a slot and run it, with pages for `capacity` tokens and no KV yet."""
@@ -183,11 +188,13 @@ class RunningSet:
 
     def ready(self) -> tuple[np.ndarray, np.ndarray]:
         """Slots of the requests that can go on now: those that decode, those in their prefill."""
-        slots = self._order[(self.alive & ~self.restoring)[self._order]]
-        total = self.known[slots] + self.pending[slots]
-        goes_on = total < self.limit[slots]
-        decodes = (self.scheduled[slots] == total - 1) & (total > self.prompt_len[slots])
-        return slots[goes_on & decodes], slots[goes_on & ~decodes]
+        # Of all slots: whole arrays cost less than picking the occupied ones out of each.
+        total = self.known + self.pending
+        goes_on = self.alive & ~self.restoring & (total < self.limit)
+        decodes = goes_on & (self.scheduled == total - 1) & (total > self.prompt_len)
+        prefills = goes_on & ~decodes
+        order = self._order
+        return order[decodes[order]], order[prefills[order]]
 
     def last_after(self, slot: int, *, idle: bool = False) -> int | None:
         """Slot of the last request in order, if that comes after the one in `slot`.
@@ -208,7 +215,7 @@ class RunningSet:
         """Append a sampled token to each of some requests.
 
         Args:
-            slots: int32 [n].
+            slots: intp [n].
             tokens: n ids.
 
         Returns:
@@ -238,33 +245,33 @@ class RunningSet:
 
         Args:
             iteration: its number.
-            decodes: int32; slots that get their next token.
+            decodes: intp; slots that get their next token.
             chunks: (slot, new tokens) of the prefills.
         """
         num_decodes = len(decodes)
-        slots = np.concatenate((decodes, np.array([slot for slot, _ in chunks], dtype=np.int32)))
+        slots = np.concatenate((decodes, np.array([slot for slot, _ in chunks], dtype=np.intp)))
         counts = np.ones(len(slots), dtype=np.int32)
         counts[num_decodes:] = [count for _, count in chunks]
         query_start = np.zeros(len(slots) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
-        context_lens = self.scheduled[slots]
+        context_lens, pending = self.scheduled[slots], self.pending[slots]
 
         token_ids = np.empty(query_start[-1], dtype=np.int32)
-        token_ids[:num_decodes] = np.where(self.pending[decodes] > 0, -1, self.last_token[decodes])
+        token_ids[:num_decodes] = np.where(pending[:num_decodes] > 0, -1, self.last_token[decodes])
         for row, (slot, count) in enumerate(chunks, start=num_decodes):
             start = int(context_lens[row])
             tokens = self.sequence(slot).tokens(start, start + count)
             token_ids[query_start[row] : query_start[row + 1]] = tokens
 
-        self.scheduled[slots] += counts
-        samples = self.scheduled[slots] == self.known[slots] + self.pending[slots]
-        self.pending[slots] += samples
+        ends = context_lens + counts
+        samples = ends == self.known[slots] + pending
+        self.scheduled[slots] = ends
+        self.pending[slots] = pending + samples
         self.in_flight[slots] += 1
-        ids = self._ids
         return Batch(
             iteration=iteration,
-            request_ids=[ids[slot] for slot in slots.tolist()],
-            slots=slots,
+            request_ids=self.names(slots),
+            slots=slots.astype(np.int32),
             num_decodes=num_decodes,
             query_start=query_start,
             context_lens=context_lens,

@@ -253,12 +253,13 @@ class Scheduler:
         self._last_commit = now
         self._policy.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, now - began)
 
-        running, slots = self._running, batch.slots
+        running, slots = self._running, batch.slots.astype(np.intp)
         running.in_flight[slots] -= 1
         running.completed[slots] += batch.query_start[1:] - batch.query_start[:-1]
         alive = running.alive[slots]
         self._keeper.publish(slots[alive])
-        progress = self._take_tokens(batch, np.flatnonzero(batch.samples & alive), result, now)
+        rows = np.flatnonzero(batch.samples & alive)
+        progress = self._take_tokens(batch, rows, slots[rows], result, now)
         if self._forks:
             self._release_forks(batch.request_ids[batch.num_decodes :])
         if not running.num_retired:
@@ -513,11 +514,15 @@ class Scheduler:
         return batch
 
     def _take_tokens(
-        self, batch: Batch, rows: np.ndarray, result: IterationResult, now: float
+        self,
+        batch: Batch,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        result: IterationResult,
+        now: float,
     ) -> Progress:
         """Append the tokens of some rows of a batch; retire the requests that they end."""
         running = self._running
-        slots = batch.slots[rows]
         tokens: list[int] = np.asarray(result.token_ids)[rows].tolist()
         stopped, full = running.take_tokens(slots, tokens)
         lengths = running.known[slots] - running.prompt_len[slots]
