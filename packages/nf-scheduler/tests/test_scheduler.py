@@ -419,7 +419,8 @@ def test_results_out_of_order_or_of_the_wrong_size_are_refused(pages):
     ("name", "message"),
     [
         ("in_flight", "counts 2 iterations in flight, but is in 1"),
-        ("known", "has 3 tokens, but counts 4"),
+        ("written", "has 3 tokens, but counts 4"),
+        ("known", "knows 4 tokens, the last of which is 0, but its last token is"),
         ("pending", "awaits 2 tokens, but 1 are being sampled"),
         ("scheduled", "published, completed, scheduled and at most"),
     ],

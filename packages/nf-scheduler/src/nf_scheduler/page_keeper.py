@@ -118,7 +118,8 @@ class PageKeeper:
         single &= published % page_size == 0
         decodes = slots[single]
         if len(decodes):
-            self._pages.commit_pages(running.names(decodes), running.recent[decodes])
+            tokens = running.recent_pages(decodes, published[single])
+            self._pages.commit_pages(running.names(decodes), tokens)
             running.published[decodes] = full[single]
         others = ~single
         for slot, stop in zip(slots[others].tolist(), full[others].tolist(), strict=True):
@@ -195,6 +196,7 @@ class PageKeeper:
 
     def _commit(self, slot: int, stop: int) -> None:
         """Report that the KV of the tokens up to `stop` of the request in `slot` is complete."""
+        self._running.write(slot)
         sequence = self._running.sequence(slot)
         tokens = sequence.tokens(int(self._running.published[slot]), stop)
         self._pages.commit(sequence.request_id, tokens)

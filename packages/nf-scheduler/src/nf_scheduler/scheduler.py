@@ -523,7 +523,7 @@ class Scheduler:
     ) -> Progress:
         """Append the tokens of some rows of a batch; retire the requests that they end."""
         running = self._running
-        tokens: list[int] = np.asarray(result.token_ids)[rows].tolist()
+        tokens = np.asarray(result.token_ids)[rows].astype(np.int32, copy=False)
         stopped, full = running.take_tokens(slots, tokens)
         lengths = running.known[slots] - running.prompt_len[slots]
         self.lengths.observe_tokens(lengths)
@@ -537,7 +537,7 @@ class Scheduler:
         progress.request_ids = (
             list(ids) if len(rows) == len(ids) else [ids[row] for row in rows.tolist()]
         )
-        progress.token_ids = tokens
+        progress.token_ids = tokens.tolist()
         for row in np.flatnonzero(stopped | full).tolist():
             sequence = running.sequence(int(slots[row]))
             running.retire(sequence.slot)
