@@ -121,9 +121,10 @@ class PageKeeper:
             tokens = running.recent_pages(decodes, published[single])
             self._pages.commit_pages(running.names(decodes), tokens)
             running.published[decodes] = full[single]
-        others = ~single
-        for slot, stop in zip(slots[others].tolist(), full[others].tolist(), strict=True):
-            self._commit(slot, stop)
+        if len(decodes) < len(slots):
+            others = ~single
+            for slot, stop in zip(slots[others].tolist(), full[others].tolist(), strict=True):
+                self._commit(slot, stop)
 
     def preempt(self, slot: int) -> Sequence:
         """Take slot and pages from an idle request. If it waits for a restore, that ends.

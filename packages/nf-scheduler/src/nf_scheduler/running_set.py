@@ -239,7 +239,7 @@ class RunningSet:
         known += 1
         self.known[slots] = known
         self.last_token[slots] = ids
-        for slot in slots[position == width - 1].tolist():  # the next one goes to the beginning
+        for slot in slots[position == width - 1].tolist():  # before `recent` begins anew
             self.write(slot)
         stopped = (self._stops.take(slots, axis=1) == ids).any(axis=0)
         if self._num_with_more_stops:
@@ -275,7 +275,7 @@ class RunningSet:
         counts = np.ones(len(slots), dtype=np.int32)
         counts[num_decodes:] = [count for _, count in chunks]
         query_start = np.zeros(len(slots) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
+        counts.cumsum(dtype=np.int32, out=query_start[1:])
         context_lens, pending = self.scheduled[slots], self.pending[slots]
 
         token_ids = np.empty(query_start[-1], dtype=np.int32)

@@ -258,7 +258,7 @@ class Scheduler:
         running.completed[slots] += batch.query_start[1:] - batch.query_start[:-1]
         alive = running.alive[slots]
         self._keeper.publish(slots[alive])
-        rows = np.flatnonzero(batch.samples & alive)
+        rows = (batch.samples & alive).nonzero()[0]
         progress = self._take_tokens(batch, rows, slots[rows], result, now)
         if self._forks:
             self._release_forks(batch.request_ids[batch.num_decodes :])
@@ -538,7 +538,7 @@ class Scheduler:
             list(ids) if len(rows) == len(ids) else [ids[row] for row in rows.tolist()]
         )
         progress.token_ids = tokens.tolist()
-        for row in np.flatnonzero(stopped | full).tolist():
+        for row in (stopped | full).nonzero()[0].tolist():
             sequence = running.sequence(int(slots[row]))
             running.retire(sequence.slot)
             if stopped[row]:
