@@ -178,6 +178,17 @@ def test_when_pages_run_out_the_latest_arrival_gives_way_and_comes_back(toy, lag
     assert ends == sorted(ends)
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_long_answers_are_computed_again_as_they_were(toy, lag):
+    """They are longer than what is kept of them beside the request, several times over."""
+    engine = toy.Engine(toy.Pages(page_size=2, num_pages=120), config(max_model_len=128), lag)
+    for name in ("a", "b", "c"):
+        engine.add(request(name, 7, 110, reuse_prefix=False))
+    engine.run()
+    assert engine.scheduler.num_preemptions >= 1
+    assert [engine.lives[name].end.ledger.output_tokens for name in "abc"] == [110, 110, 110]
+
+
 def test_a_preempted_request_computes_its_output_again_but_does_not_sample_it(toy):
     pages = toy.Pages(page_size=4, num_pages=4)
     scheduler = greedy(pages, config())
@@ -419,7 +430,8 @@ def test_results_out_of_order_or_of_the_wrong_size_are_refused(pages):
     ("name", "message"),
     [
         ("in_flight", "counts 2 iterations in flight, but is in 1"),
-        ("known", "has 3 tokens, but counts 4"),
+        ("written", "has 3 tokens, but counts 4"),
+        ("known", "knows 4 tokens, the last of which is 0, but its last token is"),
         ("pending", "awaits 2 tokens, but 1 are being sampled"),
         ("scheduled", "published, completed, scheduled and at most"),
     ],

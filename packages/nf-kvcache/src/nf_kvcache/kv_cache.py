@@ -195,7 +195,7 @@ class KVCache:
             OutOfPages: there are not enough; nothing has changed.
             KeyError: no such sequence; nothing has changed.
         """
-        entries = [self._entry(seq) for seq in seqs]
+        entries = self._entries_of(seqs)
         pool = self._device.pool
         forked = [entry for entry in entries if entry.forked]
         pages = pool.take(len(entries) + sum(len(self._shared_open(entry)) for entry in forked))
@@ -204,7 +204,8 @@ class KVCache:
         # When one of two has got a page of its own, the other one needs none any more.
         pool.release(pages[len(entries) :], keep=())
         del pages[len(entries) :]
-        self._table.append_one([entry.row for entry in entries], pages)
+        rows = np.array([entry.row for entry in entries], dtype=np.intp)
+        self._table.append_one(rows, pages)
 
     def restored(self, seq: str) -> PrefixMatch | None:
         """What has come of the match that `seq` began with.
@@ -318,30 +319,34 @@ class KVCache:
             raise ValueError(
                 f"token_ids has shape {tokens.shape}; expected ({len(seqs)}, {page_size})."
             )
-        entries = [self._entry(seq) for seq in seqs]
-        positions = [entry.num_tokens // page_size for entry in entries]
-        for entry, seq, position in zip(entries, seqs, positions, strict=True):
-            if len(entry.tail) or entry.restores or position >= self._table.length(entry.row):
+        entries = self._entries_of(seqs)
+        rows = np.array([entry.row for entry in entries], dtype=np.intp)
+        positions = np.array([entry.num_tokens for entry in entries], dtype=np.intp) // page_size
+        has_page = (positions < self._table.lengths(rows)).tolist()
+        for entry, seq, fits in zip(entries, seqs, has_page, strict=True):
+            if not fits or len(entry.tail) or entry.restores:
                 raise ValueError(
                     f"commit of a page to sequence {seq!r}, which has no such page, has filled a "
                     "part of it, or waits for its prefix; use commit."
                 )
+        nodes = np.array([entry.node for entry in entries], dtype=np.int64)
         if self._prefix_caching:
-            pages = self._table.at([entry.row for entry in entries], positions)
+            pages = self._table.at(rows, positions)
             nodes, placed = self._index.advance(
-                np.array([entry.node for entry in entries], dtype=np.int64),
+                nodes,
                 tokens.reshape(-1),
                 Tier.DEVICE,
                 pages,
             )
             self._device.placed(nodes[placed], pages[placed])
-            for entry, node, position in zip(entries, nodes.tolist(), positions, strict=True):
-                entry.node = node
-                arrival = entry.arrivals.pop(position, None) if entry.arrivals else None
-                if arrival is not None and self._lower is not None:
-                    self._lower.expect(arrival, node, entry.salt)
-        for entry in entries:
+        for entry, node in zip(entries, nodes.tolist(), strict=True):
+            entry.node = node
             entry.num_tokens += page_size
+        if self._lower is not None:
+            for entry, position in zip(entries, positions.tolist(), strict=True):
+                arrival = entry.arrivals.pop(position, None)
+                if arrival is not None:
+                    self._lower.expect(arrival, entry.node, entry.salt)
 
     def begin_iteration(
         self, seqs: Sequence[str], context_lens: np.ndarray, new_lens: np.ndarray
@@ -463,13 +468,8 @@ class KVCache:
             KeyError: no such sequence.
             ValueError: `out` does not fit.
         """
-        entries = self._entries
-        try:
-            rows = [entries[seq].row for seq in seqs]
-        except KeyError as error:
-            self._entry(error.args[0])  # which says what is wrong
-            raise
-        return self._table.gather(rows, out)
+        rows = [entry.row for entry in self._entries_of(seqs)]
+        return self._table.gather(np.array(rows, dtype=np.intp), out)
 
     def stats(self) -> KVCacheStats:
         """Pages by tier and state, and what happened so far."""
@@ -536,6 +536,15 @@ class KVCache:
                 f"No sequence {seq!r}: it was released before, or never reserved a page."
             )
         return entry
+
+    def _entries_of(self, seqs: Sequence[str]) -> list[CachedSequence]:
+        """The states of sequences that have begun."""
+        entries = self._entries
+        try:
+            return [entries[seq] for seq in seqs]
+        except KeyError as error:
+            self._entry(error.args[0])  # which says what is wrong
+            raise
 
     def _vacate(self, seq: str) -> None:
         """Take all pages of `seq`."""

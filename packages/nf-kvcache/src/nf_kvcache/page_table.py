@@ -36,13 +36,12 @@ class PageTable:
         self._pages[row, start:stop] = pages
         self._lengths[row] = stop
 
-    def append_one(self, rows: list[int], pages: list[int]) -> None:
-        """Add one page at the end of each of some rows."""
-        index = np.array(rows, dtype=np.intp)
-        ends = self._lengths[index]
+    def append_one(self, rows: np.ndarray, pages: list[int]) -> None:
+        """Add one page at the end of each of some rows, intp [n]."""
+        ends = self._lengths[rows]
         self._widen(int(ends.max(initial=-1)) + 1)
-        self._pages[index, ends] = pages
-        self._lengths[index] = ends + 1
+        self._pages[rows, ends] = pages
+        self._lengths[rows] = ends + 1
 
     def _widen(self, width: int) -> None:
         """Make room for so many pages in a row."""
@@ -60,7 +59,12 @@ class PageTable:
         """Pages in a row."""
         return int(self._lengths[row])
 
-    def at(self, rows: list[int], positions: list[int]) -> np.ndarray:
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Pages in each of some rows, int32."""
+        lengths: np.ndarray = self._lengths[rows]
+        return lengths
+
+    def at(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The page at one position of each of some rows, int32."""
         pages: np.ndarray = self._pages[rows, positions]
         return pages
@@ -71,20 +75,20 @@ class PageTable:
         pages: list[int] = self._pages[row, start : length if stop is None else stop].tolist()
         return pages
 
-    def gather(self, rows: list[int], out: np.ndarray | None) -> np.ndarray:
-        """Copy rows into `out`, or into a new array as wide as the longest of them.
+    def gather(self, rows: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+        """Copy rows, intp [n], into `out`, or into a new array as wide as the longest of them.
 
         Raises:
             ValueError: `out` is not int32 [len(rows), width] with room for the longest row.
         """
-        index = np.array(rows, dtype=np.intp)
-        width = int(self._lengths[index].max(initial=0))
+        width = int(self._lengths[rows].max(initial=0))
         if out is None:
-            return self._pages[:, :width].take(index, axis=0)
+            pages: np.ndarray = self._pages[rows, :width]
+            return pages
         if out.dtype != np.int32 or out.ndim != 2 or len(out) != len(rows) or out.shape[1] < width:
             raise ValueError(
                 f"out is {out.dtype} {out.shape}; expected int32 ({len(rows)}, {width} or more)."
             )
-        np.take(self._pages[:, :width], index, axis=0, out=out[:, :width])
+        out[:, :width] = self._pages[rows, :width]
         out[:, width:] = 0
         return out

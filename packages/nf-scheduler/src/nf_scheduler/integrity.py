@@ -101,13 +101,19 @@ def _slot_faults(
         return
     if running.pending[slot] != pending:
         yield f"{name} awaits {running.pending[slot]} tokens, but {pending} are being sampled"
-    if running.known[slot] != sequence.num_tokens:
-        yield f"{name} has {sequence.num_tokens} tokens, but counts {running.known[slot]}"
+    if running.written[slot] != sequence.num_tokens:
+        yield f"{name} has {sequence.num_tokens} tokens, but counts {running.written[slot]}"
+    last = running.recent[slot, (running.known[slot] - 1) % running.recent.shape[1]]
+    if last != running.last_token[slot]:
+        yield (
+            f"{name} knows {running.known[slot]} tokens, the last of which is {last}, "
+            f"but its last token is {running.last_token[slot]}"
+        )
     counts = [
         int(running.published[slot]),
         int(running.completed[slot]),
         int(running.scheduled[slot]),
-        min(int(running.capacity[slot]), sequence.num_tokens + pending - 1),
+        min(int(running.capacity[slot]), int(running.known[slot]) + pending - 1),
     ]
     if counts != sorted(counts):
         yield f"{name} has published, completed, scheduled and at most {counts} tokens"

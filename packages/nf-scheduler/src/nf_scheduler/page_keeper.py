@@ -100,7 +100,7 @@ class PageKeeper:
         """
         if self._pages.num_available < len(slots):
             return False
-        self._pages.grow([self._running.sequence(slot).request_id for slot in slots.tolist()])
+        self._pages.grow(self._running.names(slots))
         self._running.capacity[slots] += self._pages.page_size
         return True
 
@@ -108,8 +108,7 @@ class PageKeeper:
         """Report to the page budget the pages that have become full."""
         running, page_size = self._running, self._pages.page_size
         published = running.published[slots]
-        # Of a partly filled page some may be published already, so this asks for a few too many.
-        news = running.completed[slots] - published >= page_size - published % page_size
+        news = running.completed[slots] // page_size > published // page_size
         if not news.any():
             return
         slots, published = slots[news], published[news]
@@ -119,12 +118,13 @@ class PageKeeper:
         single &= published % page_size == 0
         decodes = slots[single]
         if len(decodes):
-            names = [running.sequence(slot).request_id for slot in decodes.tolist()]
-            self._pages.commit_pages(names, running.recent[decodes])
+            tokens = running.recent_pages(decodes, published[single])
+            self._pages.commit_pages(running.names(decodes), tokens)
             running.published[decodes] = full[single]
-        others = ~single
-        for slot, stop in zip(slots[others].tolist(), full[others].tolist(), strict=True):
-            self._commit(slot, stop)
+        if len(decodes) < len(slots):
+            others = ~single
+            for slot, stop in zip(slots[others].tolist(), full[others].tolist(), strict=True):
+                self._commit(slot, stop)
 
     def preempt(self, slot: int) -> Sequence:
         """Take slot and pages from an idle request. If it waits for a restore, that ends.
@@ -197,6 +197,7 @@ class PageKeeper:
 
     def _commit(self, slot: int, stop: int) -> None:
         """Report that the KV of the tokens up to `stop` of the request in `slot` is complete."""
+        self._running.write(slot)
         sequence = self._running.sequence(slot)
         tokens = sequence.tokens(int(self._running.published[slot]), stop)
         self._pages.commit(sequence.request_id, tokens)

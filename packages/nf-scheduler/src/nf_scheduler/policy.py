@@ -56,7 +56,7 @@ class Policy:
 
         Args:
             running: the running requests.
-            decodes: their slots, int32.
+            decodes: their slots, intp.
             budget: how many tokens there is room for.
             now: time of the scheduler's clock.
         """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from nf_scheduler.batch import Batch
@@ -12,11 +10,7 @@ from nf_scheduler.sequence import Sequence
 
 _STOP_WIDTH = 4  # stop ids that are compared for all requests at once
 _NO_STOP = np.iinfo(np.int32).min
-
-
-def _nowhere(token: int) -> None:
-    """Where a token for an empty slot goes."""
-    raise RuntimeError(f"Token {token} was sampled for a slot that is empty.")
+_RECENT_PAGES = 16  # whose tokens are appended to a request's output at once
 
 
 class RunningSet:
@@ -34,6 +28,7 @@ class RunningSet:
         prompt_len: tokens of the prompt.
         limit: tokens at which the request ends: prompt_len + max_tokens.
         known: tokens whose ids are known.
+        written: those of them that the sequence has; the others are only in `recent` yet.
         pending: tokens sampled by iterations in flight; their ids follow the known ones.
         last_token: id of the last known token.
         scheduled: tokens whose KV is in pages once all iterations in flight have run.
@@ -41,7 +36,8 @@ class RunningSet:
         published: tokens that the page budget knows to be complete.
         capacity: tokens for which pages are reserved.
         shared_pages: those of its pages that were in use when it got them.
-        recent: [page_size] each; ids of the last known tokens, at their positions in a page.
+        recent: [max_num_seqs, width]; ids of the last known tokens, each at its position modulo the
+            width, a whole number of pages.
         recent_from: the first token that `recent` may still have.
         in_flight: uncommitted iterations that contain the request.
         tenant: index of its tenant.
@@ -52,9 +48,8 @@ class RunningSet:
         self.num_retired = 0
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        self._order = np.empty(0, dtype=np.int32)  # occupied slots, in order
-        self._ids = [""] * max_num_seqs
-        self._append: list[Callable[[int], None]] = [_nowhere] * max_num_seqs  # to the output
+        self._order = np.empty(0, dtype=np.intp)  # occupied slots, in order
+        self._ids = np.full(max_num_seqs, "", dtype=np.object_)
 
         def zeros(dtype: type[np.generic] = np.int32) -> np.ndarray:
             return np.zeros(max_num_seqs, dtype=dtype)
@@ -64,6 +59,7 @@ class RunningSet:
         self.prompt_len = zeros()
         self.limit = zeros()
         self.known = zeros()
+        self.written = zeros()
         self.pending = zeros()
         self.last_token = zeros()
         self.scheduled = zeros()
@@ -71,14 +67,15 @@ class RunningSet:
         self.published = zeros()
         self.capacity = zeros()
         self.shared_pages = zeros()
-        self.recent = np.zeros((max_num_seqs, page_size), dtype=np.int32)
+        self.recent = np.zeros((max_num_seqs, _RECENT_PAGES * page_size), dtype=np.int32)
+        self._page_size = page_size
         self.recent_from = zeros()
         self.in_flight = zeros()
         self.tenant = zeros()
         self.first_token = zeros(np.float64)
         # A stop id ends a request once it has this many tokens.
         self._stops_from = zeros()
-        self._stops = np.full((max_num_seqs, _STOP_WIDTH), _NO_STOP, dtype=np.int32)
+        self._stops = np.full((_STOP_WIDTH, max_num_seqs), _NO_STOP, dtype=np.int32)
         self._has_more_stops = zeros(np.bool_)
         self._num_with_more_stops = 0
 
@@ -99,12 +96,12 @@ class RunningSet:
 
     @property
     def occupied(self) -> np.ndarray:
-        """All occupied slots, int32, in order."""
+        """All occupied slots, intp, in order."""
         return self._order
 
     @property
     def order(self) -> np.ndarray:
-        """Slots of all that are alive, int32, in order."""
+        """Slots of all that are alive, intp, in order."""
         slots: np.ndarray = self._order[self.alive[self._order]]
         return slots
 
@@ -115,6 +112,11 @@ class RunningSet:
             raise RuntimeError(f"Slot {slot} is empty; something was scheduled that does not run.")
         return sequence
 
+    def names(self, slots: np.ndarray) -> list[str]:
+        """Ids of the requests in `slots`, intp [n]."""
+        names: list[str] = self._ids[slots].tolist()
+        return names
+
     def add(self, sequence: Sequence, capacity: int, shared_pages: int, tenant: int) -> int:
         """Give `sequence` a slot and run it, with pages for `capacity` tokens and no KV yet."""
         slot = self._free.pop()
@@ -123,18 +125,17 @@ class RunningSet:
         request = sequence.request
         self.sequences[slot] = sequence
         self._ids[slot] = request.request_id
-        self._append[slot] = sequence.output.append
         self.alive[slot] = True
         self.prompt_len[slot] = request.prompt_len
         self.limit[slot] = request.prompt_len + request.max_tokens
-        self.known[slot] = sequence.num_tokens
+        self.known[slot] = self.written[slot] = sequence.num_tokens
         self.pending[slot] = 0
         # The page that the next tokens go on with.
-        page_size = self.recent.shape[1]
-        start = (sequence.num_tokens - 1) // page_size * page_size
+        start = (sequence.num_tokens - 1) // self._page_size * self._page_size
         last = sequence.tokens(start, sequence.num_tokens)
         self.last_token[slot] = last[-1]
-        self.recent[slot, : len(last)] = last
+        position = start % self.recent.shape[1]
+        self.recent[slot, position : position + len(last)] = last
         self.recent_from[slot] = start
         self.scheduled[slot] = self.completed[slot] = self.published[slot] = 0
         self.capacity[slot] = capacity
@@ -147,7 +148,7 @@ class RunningSet:
         self._stops_from[slot] = request.prompt_len + min(
             request.min_tokens, request.max_tokens + 1
         )
-        self._stops[slot] = (stops + [_NO_STOP] * _STOP_WIDTH)[:_STOP_WIDTH]
+        self._stops[:, slot] = (stops + [_NO_STOP] * _STOP_WIDTH)[:_STOP_WIDTH]
         self._has_more_stops[slot] = len(stops) > _STOP_WIDTH
         self._num_with_more_stops += len(stops) > _STOP_WIDTH
         self._insert(slot, sequence)
@@ -166,28 +167,44 @@ class RunningSet:
 
     def retire(self, slot: int) -> None:
         """Mark the request in `slot` as finished; it keeps the slot until `remove`."""
+        self.write(slot)
         self.sequence(slot).state = RequestState.FINISHED
         self.alive[slot] = False
         self.num_retired += 1
 
+    def write(self, slot: int) -> None:
+        """Append to the output of the request in `slot` the tokens that it lacks.
+
+        Whoever reads the output of a running request asks for this first: to append every token as
+        it comes would take longer than all else that `take_tokens` does.
+        """
+        start, stop = int(self.written[slot]), int(self.known[slot])
+        if start < stop:
+            position = start % self.recent.shape[1]
+            tokens = self.recent[slot, position : position + stop - start]
+            self.sequence(slot).output.frombytes(tokens.tobytes())
+            self.written[slot] = stop
+
     def remove(self, slot: int) -> None:
         """Free `slot`."""
+        self.write(slot)
         self.sequence(slot).slot = -1
         self.num_retired -= not self.alive[slot]
         self._num_with_more_stops -= bool(self._has_more_stops[slot])
         self.sequences[slot] = None
-        self._append[slot] = _nowhere
         self.alive[slot] = self.restoring[slot] = False
         self._order = self._order[self._order != slot]
         self._free.append(slot)
 
     def ready(self) -> tuple[np.ndarray, np.ndarray]:
         """Slots of the requests that can go on now: those that decode, those in their prefill."""
-        slots = self._order[(self.alive & ~self.restoring)[self._order]]
-        total = self.known[slots] + self.pending[slots]
-        goes_on = total < self.limit[slots]
-        decodes = (self.scheduled[slots] == total - 1) & (total > self.prompt_len[slots])
-        return slots[goes_on & decodes], slots[goes_on & ~decodes]
+        # Of all slots: whole arrays cost less than picking the occupied ones out of each.
+        total = self.known + self.pending
+        goes_on = self.alive & ~self.restoring & (total < self.limit)
+        decodes = goes_on & (self.scheduled == total - 1) & (total > self.prompt_len)
+        prefills = goes_on & ~decodes
+        order = self._order
+        return order[decodes[order]], order[prefills[order]]
 
     def last_after(self, slot: int, *, idle: bool = False) -> int | None:
         """Slot of the last request in order, if that comes after the one in `slot`.
@@ -204,32 +221,44 @@ class RunningSet:
         slots = later[eligible]
         return int(slots[-1]) if slots.size else None
 
-    def take_tokens(self, slots: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def take_tokens(self, slots: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Append a sampled token to each of some requests.
 
         Args:
-            slots: int32 [n].
-            tokens: n ids.
+            slots: intp [n].
+            ids: int32 [n].
 
         Returns:
             bool [n] each: whether a stop id ended the request; whether it reached its limit.
         """
-        ids = np.array(tokens, dtype=np.int32)
         self.pending[slots] -= 1
         known = self.known[slots]
-        self.recent[slots, known % self.recent.shape[1]] = ids
+        width = self.recent.shape[1]
+        position = known % width
+        self.recent[slots, position] = ids
         known += 1
         self.known[slots] = known
         self.last_token[slots] = ids
-        append = self._append
-        for slot, token in zip(slots.tolist(), tokens, strict=True):
-            append[slot](token)
-        stopped = (self._stops[slots] == ids[:, None]).any(axis=1)
+        for slot in slots[position == width - 1].tolist():  # before `recent` begins anew
+            self.write(slot)
+        stopped = (self._stops.take(slots, axis=1) == ids).any(axis=0)
         if self._num_with_more_stops:
             for row in np.flatnonzero(self._has_more_stops[slots] & ~stopped).tolist():
-                stopped[row] = tokens[row] in self.sequence(int(slots[row])).request.stop_token_ids
+                stop_ids = self.sequence(int(slots[row])).request.stop_token_ids
+                stopped[row] = int(ids[row]) in stop_ids
         stopped &= known >= self._stops_from[slots]
         return stopped, known == self.limit[slots]
+
+    def recent_pages(self, slots: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Ids of a full page of tokens of each of some requests, int32 [n, page_size].
+
+        Args:
+            slots: intp [n].
+            starts: int32 [n]; where each page begins; `recent` still has it.
+        """
+        recent = self.recent.reshape(-1, _RECENT_PAGES, self._page_size)
+        pages: np.ndarray = recent[slots, starts // self._page_size % _RECENT_PAGES]
+        return pages
 
     def form_batch(
         self, iteration: int, decodes: np.ndarray, chunks: list[tuple[int, int]]
@@ -238,33 +267,33 @@ class RunningSet:
 
         Args:
             iteration: its number.
-            decodes: int32; slots that get their next token.
+            decodes: intp; slots that get their next token.
             chunks: (slot, new tokens) of the prefills.
         """
         num_decodes = len(decodes)
-        slots = np.concatenate((decodes, np.array([slot for slot, _ in chunks], dtype=np.int32)))
+        slots = np.concatenate((decodes, np.array([slot for slot, _ in chunks], dtype=np.intp)))
         counts = np.ones(len(slots), dtype=np.int32)
         counts[num_decodes:] = [count for _, count in chunks]
         query_start = np.zeros(len(slots) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        context_lens = self.scheduled[slots]
+        counts.cumsum(dtype=np.int32, out=query_start[1:])
+        context_lens, pending = self.scheduled[slots], self.pending[slots]
 
         token_ids = np.empty(query_start[-1], dtype=np.int32)
-        token_ids[:num_decodes] = np.where(self.pending[decodes] > 0, -1, self.last_token[decodes])
+        token_ids[:num_decodes] = np.where(pending[:num_decodes] > 0, -1, self.last_token[decodes])
         for row, (slot, count) in enumerate(chunks, start=num_decodes):
             start = int(context_lens[row])
             tokens = self.sequence(slot).tokens(start, start + count)
             token_ids[query_start[row] : query_start[row + 1]] = tokens
 
-        self.scheduled[slots] += counts
-        samples = self.scheduled[slots] == self.known[slots] + self.pending[slots]
-        self.pending[slots] += samples
+        ends = context_lens + counts
+        samples = ends == self.known[slots] + pending
+        self.scheduled[slots] = ends
+        self.pending[slots] = pending + samples
         self.in_flight[slots] += 1
-        ids = self._ids
         return Batch(
             iteration=iteration,
-            request_ids=[ids[slot] for slot in slots.tolist()],
-            slots=slots,
+            request_ids=self.names(slots),
+            slots=slots.astype(np.int32),
             num_decodes=num_decodes,
             query_start=query_start,
             context_lens=context_lens,

@@ -253,12 +253,13 @@ class Scheduler:
         self._last_commit = now
         self._policy.observe(batch.num_decodes, batch.num_tokens - batch.num_decodes, now - began)
 
-        running, slots = self._running, batch.slots
+        running, slots = self._running, batch.slots.astype(np.intp)
         running.in_flight[slots] -= 1
         running.completed[slots] += batch.query_start[1:] - batch.query_start[:-1]
         alive = running.alive[slots]
         self._keeper.publish(slots[alive])
-        progress = self._take_tokens(batch, np.flatnonzero(batch.samples & alive), result, now)
+        rows = (batch.samples & alive).nonzero()[0]
+        progress = self._take_tokens(batch, rows, slots[rows], result, now)
         if self._forks:
             self._release_forks(batch.request_ids[batch.num_decodes :])
         if not running.num_retired:
@@ -513,12 +514,16 @@ class Scheduler:
         return batch
 
     def _take_tokens(
-        self, batch: Batch, rows: np.ndarray, result: IterationResult, now: float
+        self,
+        batch: Batch,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        result: IterationResult,
+        now: float,
     ) -> Progress:
         """Append the tokens of some rows of a batch; retire the requests that they end."""
         running = self._running
-        slots = batch.slots[rows]
-        tokens: list[int] = np.asarray(result.token_ids)[rows].tolist()
+        tokens = np.asarray(result.token_ids)[rows].astype(np.int32, copy=False)
         stopped, full = running.take_tokens(slots, tokens)
         lengths = running.known[slots] - running.prompt_len[slots]
         self.lengths.observe_tokens(lengths)
@@ -532,8 +537,8 @@ class Scheduler:
         progress.request_ids = (
             list(ids) if len(rows) == len(ids) else [ids[row] for row in rows.tolist()]
         )
-        progress.token_ids = tokens
-        for row in np.flatnonzero(stopped | full).tolist():
+        progress.token_ids = tokens.tolist()
+        for row in (stopped | full).nonzero()[0].tolist():
             sequence = running.sequence(int(slots[row]))
             running.retire(sequence.slot)
             if stopped[row]:
