@@ -61,6 +61,16 @@ def plan(model: Any, memory: DeviceMemory, **options: Any) -> MemoryPlan:
     return plan_memory(EngineConfig(model="m", **options), model, memory, dtype)
 
 
+def test_the_largest_batch_depends_on_the_device(llama_8b: Any) -> None:
+    config = EngineConfig(model="m")
+    assert config.on_device("cpu").batch_tokens == 512
+    assert config.on_device("cuda").batch_tokens == 2048
+    assert EngineConfig(model="m", max_num_batched_tokens=7).on_device("cuda").batch_tokens == 7
+    planned = plan(llama_8b, gpu(80)).workspace_bytes
+    assert planned == plan(llama_8b, gpu(80), max_num_batched_tokens=2048).workspace_bytes
+    assert planned > plan(llama_8b, gpu(80), max_num_batched_tokens=512).workspace_bytes
+
+
 def test_weights_and_workspace_are_those_of_the_engine(
     family: str, tiny_checkpoint: MakeCheckpoint
 ) -> None:

@@ -75,7 +75,8 @@ MaxNumSeqs = Annotated[
     int | None, typer.Option(help="Most sequences in one batch.", show_default="engine's")
 ]
 MaxNumBatchedTokens = Annotated[
-    int | None, typer.Option(help="Most tokens in one batch.", show_default="engine's")
+    int | None,
+    typer.Option(help="Most tokens in one batch.", show_default="512 on a CPU, 2048 on a GPU"),
 ]
 LoadFormat = Annotated[
     str, typer.Option(help="auto, safetensors, or dummy for random weights from a config alone.")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nf_runtime.errors import NanoFlowError
@@ -13,9 +13,12 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICY_NAMES = tuple(POLICIES)
 ADMISSIONS = ("predict", "reserve", "greedy")
 
+# On a GPU the dense batch of the paper; on a CPU less, because decodes wait for all of it.
+_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _OPTIONAL = (
-    *("max_model_len", "max_prefill_chunk", "kv_cache_tokens", "kv_device_bytes"),
+    *("max_model_len", "max_num_batched_tokens", "max_prefill_chunk"),
+    *("kv_cache_tokens", "kv_device_bytes"),
     *("kv_host_bytes", "kv_ssd_max_bytes", "max_num_queued_reqs", "max_num_queued_tokens"),
 )
 
@@ -33,7 +36,8 @@ class EngineConfig:
         load_format: `auto` and `safetensors` read weights, `dummy` makes random ones.
         seed: Of random weights and of requests without a seed.
         max_num_seqs: Requests that run at once.
-        max_num_batched_tokens: New tokens of one iteration.
+        max_num_batched_tokens: New tokens of one iteration; None takes what suits the kind of
+            device: 512 on a CPU, 2048 on a GPU.
         max_num_queued_reqs: Requests that wait for their first iteration; more are refused. None is
             no bound.
         max_num_queued_tokens: Prompt tokens of these, together.
@@ -77,7 +81,7 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     max_prefill_chunk: int | None = None
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
@@ -177,6 +181,23 @@ class EngineConfig:
                     f"service_levels[{name!r}] is {targets!r}; expected ttft, tpot or both, in "
                     "seconds above 0"
                 )
+
+    @property
+    def batch_tokens(self) -> int:
+        """New tokens of one iteration, once that is known (`on_device`)."""
+        if self.max_num_batched_tokens is None:
+            raise RuntimeError("max_num_batched_tokens is None; call on_device first")
+        return self.max_num_batched_tokens
+
+    def on_device(self, kind: str) -> "EngineConfig":
+        """The same, with what depends on the device.
+
+        Args:
+            kind: `cpu` or `cuda`.
+        """
+        return replace(
+            self, max_num_batched_tokens=self.max_num_batched_tokens or _BATCH_TOKENS[kind]
+        )
 
     @property
     def has_lower_tiers(self) -> bool:

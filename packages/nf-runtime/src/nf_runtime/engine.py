@@ -61,6 +61,7 @@ class Engine:
         path = find_model(config.model)
         model = read_config(path)
         device = pick_device(config.device)
+        config = config.on_device(device.type)
         dtype = pick_dtype(config.dtype, model)
         family = find_family(model.architecture)
         if config.load_format == "dummy":
@@ -111,7 +112,7 @@ class Engine:
             ),
             cos_sin=cos_sin_table(model, max_model_len).to(device),
             page_size=config.page_size,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=config.batch_tokens,
             max_requests=config.max_num_seqs,
             asynchronous=config.async_scheduling,
         )

@@ -115,6 +115,7 @@ def plan_memory(
     Raises:
         ModelLoadError: max_model_len is more than the model was made for.
     """
+    config = config.on_device(memory.kind)
     wanted_len = config.max_model_len or model.max_position
     if wanted_len > model.max_position:
         raise ModelLoadError(
@@ -180,7 +181,7 @@ def workspace_bytes(
     """Bytes of everything but weights and KV that the largest iteration needs.
 
     Args:
-        config: Its largest iteration.
+        config: Its largest iteration, on its device.
         model: What runs.
         dtype: Of activations.
         kind: Of device: `cpu` or `cuda`.
@@ -191,13 +192,13 @@ def workspace_bytes(
     total = 0
     for edge in graph.edges.values():
         is_selected = edge.name in graph.selected_edges
-        rows = config.max_num_seqs if is_selected else config.max_num_batched_tokens
+        rows = config.max_num_seqs if is_selected else config.batch_tokens
         total += rows * edge.width * sizes.get(edge.element, dtype.itemsize)
     total += max_len * model.head_dim * 4  # the table of RoPE
     total += config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES[kind]
     if model.sparse_layers:  # x, gate and up, activated, and the result of every chosen expert
         per_row = 2 * model.hidden_size + 3 * model.expert_intermediate_size
-        total += config.max_num_batched_tokens * model.experts_per_token * per_row * 4
+        total += config.batch_tokens * model.experts_per_token * per_row * 4
     return total + (_GPU_LIBRARY_BYTES if kind == "cuda" else 0)
 
 

@@ -24,7 +24,7 @@ def make_scheduler(
     """The scheduler of an engine.
 
     Args:
-        config: Its limits, policy and admission.
+        config: Its limits, policy and admission, on its device.
         pages: Who owns the KV pages.
         max_model_len: Tokens of a prompt and its answer.
         clock: Seconds.
@@ -34,7 +34,7 @@ def make_scheduler(
         pages,
         SchedulerConfig(
             max_model_len=max_model_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.batch_tokens,
             max_num_seqs=config.max_num_seqs,
             max_prefill_chunk=config.max_prefill_chunk,
             max_queued_requests=config.max_num_queued_reqs,
