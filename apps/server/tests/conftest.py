@@ -382,6 +382,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def live_without_lag(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The same, but its engine waits for each iteration before it forms the next."""
+    log = tmp_path_factory.mktemp("live_without_lag") / "log.txt"
+    with start_server(log, "--no-async-scheduling") as server:
+        yield server
+
+
 @pytest.fixture
 def start_live(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
     """Start a server of one's own, to be harmed: `start_live(*arguments)`."""
