@@ -86,7 +86,7 @@ class ScriptedStream:
             cached_tokens=0,
             cached_tokens_by_tier={},
         )
-        self.ledger = [SimpleNamespace(arrival=1.0, first_scheduled=1.25, preemptions=2)]
+        self.ledger: list[Any] = []
         self.closed = False
         self._steps = iter(steps)
 
@@ -139,6 +139,9 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.tokenizer = ScriptedTokenizer()
+        self.ledger = [
+            SimpleNamespace(arrival=1.0, first_scheduled=1.25, finished=1.5, preemptions=2)
+        ]
         self.info = SimpleNamespace(
             model="/models/scripted",
             max_model_len=64,
@@ -152,6 +155,9 @@ class ScriptedEngine:
         self.stats = SimpleNamespace(
             num_running=1,
             num_waiting=2,
+            num_restoring=1,
+            queued_prompt_tokens=48,
+            tenants=3,
             kv_pages_used=3,
             kv_pages_cached=1,
             kv_pages_total=8,
@@ -183,6 +189,7 @@ class ScriptedEngine:
             raise EngineDeadError(self.dead_reason)
         self.submitted.append((prompt_token_ids, params))
         stream = ScriptedStream(request_id or "", prompt_token_ids, self.script)
+        stream.ledger = self.ledger
         self.streams.append(stream)
         return stream
 
@@ -372,6 +379,14 @@ def _answers(url: str) -> bool:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One server with the demo model for all tests that do not harm it."""
     with start_server(tmp_path_factory.mktemp("live") / "log.txt") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def live_without_lag(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The same, but its engine waits for each iteration before it forms the next."""
+    log = tmp_path_factory.mktemp("live_without_lag") / "log.txt"
+    with start_server(log, "--no-async-scheduling") as server:
         yield server
 
 

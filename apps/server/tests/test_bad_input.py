@@ -242,6 +242,7 @@ def test_too_large_bodies(live: Any, assert_openai_error: Check) -> None:
         response = httpx.post(f"{live.url}{path}", content=chunks(), headers=headers, timeout=30)
         assert "content-length" not in response.request.headers
         assert_openai_error(response, 413, "request_too_large")
+    assert live.log().count(" status=413 code=request_too_large ") >= 4
 
 
 @pytest.mark.usefixtures("engine_unharmed")
@@ -268,11 +269,15 @@ def test_prompts_longer_than_the_context(live: Any, assert_openai_error: Check) 
         (CHAT, {"messages": [{"role": "user", "content": long}]}, "messages"),
         (CHAT, {"max_completion_tokens": limit}, "max_completion_tokens"),
     ]
+    rejected = 'nanoflow_requests_total{outcome="rejected"}'
+    before = live.metric(rejected), live.log().count(" status=400 code=context_length_exceeded ")
     for path, fields, param in cases:
         for stream in (False, True):
             response = post(live, path, stream=stream, **fields)
             error = assert_openai_error(response, 400, "context_length_exceeded", param)
             assert f"maximum context length is {limit} tokens" in error["message"]
+    after = live.metric(rejected), live.log().count(" status=400 code=context_length_exceeded ")
+    assert [new - old for new, old in zip(after, before, strict=True)] == [2 * len(cases)] * 2
     fitting = post(live, TEXT, prompt=[5] * (limit - 1))
     assert fitting.status_code == 200
     assert fitting.json()["usage"]["completion_tokens"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -36,11 +37,16 @@ def stays_busy(server: Any, count: int) -> list[threading.Thread]:
 
 def test_a_full_queue_answers_429_at_once(start_live: Start, assert_openai_error: Any) -> None:
     small = start_live("--max-num-seqs", "1", "--max-num-queued-reqs", "2")
+    prompt_tokens = post(small, max_tokens=1).json()["usage"]["prompt_tokens"]
     stays_busy(small, 3)
+    assert small.metric("nanoflow_queued_prompt_tokens") == 2 * prompt_tokens
+    assert small.metric("nanoflow_requests_restoring") == 0
+    assert small.metric("nanoflow_tenants") == 1
     seconds = []
+    client = httpx.Client()
     for _ in range(3):
         began = time.perf_counter()
-        response = post(small)
+        response = client.post(f"{small.url}/v1/completions", json=LONG)
         seconds.append(time.perf_counter() - began)
         error = assert_openai_error(response, 429, "queue_full")
         assert "too many requests" in error["message"]
@@ -48,10 +54,13 @@ def test_a_full_queue_answers_429_at_once(start_live: Start, assert_openai_error
     assert min(seconds) < 0.05, seconds  # before anything is done with the prompt
     # What clients sort errors by: nothing in it says that a retry is of no use.
     assert not any(word in error["message"].lower() for word in ("capacity", "key", "invalid"))
-    assert small.metric('nanoflow_requests_total{outcome="rejected"}') == 3
-    client = openai.OpenAI(base_url=f"{small.url}/v1", api_key="-", max_retries=0)
+    assert post(small, stream=True).status_code == 429
+    assert small.metric('nanoflow_requests_total{outcome="queue_full"}') == 4
+    assert small.metric('nanoflow_requests_total{outcome="rejected"}') == 0
+    assert small.log().count("status=429 code=queue_full") == 4
+    theirs = openai.OpenAI(base_url=f"{small.url}/v1", api_key="-", max_retries=0)
     with pytest.raises(openai.RateLimitError, match="too many requests"):
-        client.completions.create(model="nanoflow-demo", prompt="x", max_tokens=5)
+        theirs.completions.create(model="nanoflow-demo", prompt="x", max_tokens=5)
 
 
 def test_a_request_that_runs_out_of_time_keeps_its_tokens(live: Any) -> None:
@@ -63,16 +72,21 @@ def test_a_request_that_runs_out_of_time_keeps_its_tokens(live: Any) -> None:
     assert body["choices"][0]["finish_reason"] == "length"
     tokens = body["usage"]["completion_tokens"]
     assert 0 < tokens < 900
+    line = next(line for line in live.log().splitlines() if body["id"] in line)
+    assert f"outcome=timeout prompt={body['usage']['prompt_tokens']} " in line
+    assert f"output={tokens} queue=0." in line
 
 
 def test_priorities_and_deadlines_are_looked_at(
     start_live: Start, assert_openai_error: Any
 ) -> None:
     server = start_live("--max-num-seqs", "1", "--policy", "priority")
-    stays_busy(server, 1)
-    response = post(server, timeout_seconds=0.2)  # in vain, behind the long one
+    stays_busy(server, 2)
+    response = post(server, timeout_seconds=0.2)  # in vain, behind the long ones
     assert_openai_error(response, 408, "deadline_exceeded", "timeout_seconds")
     assert server.metric('nanoflow_requests_total{outcome="timeout"}') == 1
+    (line,) = (line for line in server.log().splitlines() if "outcome=timeout" in line)
+    assert re.search(r" output=0 queue=0\.[2-9]\d* ttft=- total=", line), line
     with ThreadPoolExecutor(2) as pool:
         ends: list[str] = []
 
@@ -94,7 +108,7 @@ def test_service_levels_are_taken(start_live: Start) -> None:
         assert post(server, max_tokens=8, request_class=request_class).status_code == 200
 
 
-def test_a_key_is_a_tenant(start_live: Start) -> None:
+def test_a_key_is_a_tenant(start_live: Start, wait_until: Any) -> None:
     """Beside somebody with many requests, the first of somebody else does not wait for all."""
     server = start_live("--max-num-seqs", "1", "--max-num-queued-reqs", "100")
     ends: list[str] = []
@@ -113,6 +127,7 @@ def test_a_key_is_a_tenant(start_live: Start) -> None:
             pool.submit(ask, "many")
         time.sleep(0.3)
         pool.submit(ask, "few")
+        wait_until(lambda: server.metric("nanoflow_tenants") == 2, 5, "not two tenants")
     assert len(ends) == 17
     assert ends.index("few") < 12
     assert "few" not in server.log()  # no key in the log

@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError
+from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError, OverloadedError
 
 Start = Callable[..., Any]
 
@@ -177,6 +178,72 @@ def test_late_engine_refusal_is_a_400_or_an_error_frame(
     assert '"type": "invalid_request_error"' in stream.text
     text = httpx.get(f"{server.url}/metrics").text
     assert 'nanoflow_requests_total{outcome="rejected"} 2.0' in text
+
+
+def test_a_full_queue_is_no_bad_request(
+    scripted: Start,
+    assert_openai_error: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Seen by the engine, once it has the request, or before it gets it; counted as the same."""
+    server = scripted([OverloadedError("5 requests are queued")])
+    with caplog.at_level(logging.INFO, logger="nf_server.request"):
+        late = chat(server.url)
+        stream = chat(server.url, stream=True)
+
+        def refuse() -> None:
+            raise OverloadedError("too many requests")
+
+        monkeypatch.setattr(server.engine, "check_load", refuse)
+        early = chat(server.url, stream=True)
+    for response in (late, early):
+        assert_openai_error(response, 429, "queue_full")
+        assert response.headers["retry-after"] == "1"
+    assert stream.status_code == 200
+    assert '"code": "queue_full"' in stream.text
+    assert stream.text.endswith("data: [DONE]\n\n")
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'nanoflow_requests_total{outcome="queue_full"} 3.0' in text
+    assert 'nanoflow_requests_total{outcome="rejected"} 0.0' in text
+    assert "nanoflow_time_to_first_token_seconds_count 0.0" in text
+    *finished, rejected = (record.getMessage() for record in caplog.records)
+    assert ["outcome=queue_full " in line for line in finished] == [True, True]
+    assert "status=429 code=queue_full" in rejected
+
+
+def test_who_ran_out_of_time_in_the_queue_has_waited_and_had_no_token(
+    scripted: Start, assert_openai_error: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = scripted([0.01, [delta(finish="timeout")]])
+    ledger = SimpleNamespace(arrival=1.0, first_scheduled=None, finished=1.75, preemptions=0)
+    server.engine.ledger = [ledger]
+    with caplog.at_level(logging.INFO, logger="nf_server.request"):
+        assert_openai_error(chat(server.url), 408, "deadline_exceeded", "timeout_seconds")
+        stream = chat(server.url, stream=True)
+    assert '"code": "deadline_exceeded"' in stream.text
+    for record in caplog.records:
+        assert "outcome=timeout prompt=2 cached=0 output=0 queue=0.7500 ttft=- total=0." in (
+            record.getMessage()
+        )
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'nanoflow_requests_total{outcome="timeout"} 2.0' in text
+    assert "nanoflow_time_to_first_token_seconds_count 0.0" in text
+    assert "nanoflow_request_queue_seconds_sum 1.5" in text
+    assert "nanoflow_request_queue_seconds_count 2.0" in text
+
+
+def test_who_ran_out_of_time_later_keeps_what_there_is(
+    scripted: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = scripted([[delta("Hel", [1])], [delta("lo", [2])], [delta(finish="timeout")]])
+    with caplog.at_level(logging.INFO, logger="nf_server.request"):
+        body = chat(server.url).json()
+    assert body["choices"][0]["message"]["content"] == "Hello"
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 2
+    (record,) = caplog.records
+    assert "outcome=timeout prompt=2 cached=0 output=2 queue=0.2500 ttft=0." in record.getMessage()
 
 
 def test_client_disconnect_closes_the_stream(scripted: Start, wait_until: Any) -> None:

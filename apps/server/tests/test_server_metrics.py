@@ -47,6 +47,9 @@ def test_metric_values(scripted: Callable[..., Any]) -> None:
     for line in (
         "nanoflow_requests_running 1.0",
         "nanoflow_requests_waiting 2.0",
+        "nanoflow_requests_restoring 1.0",
+        "nanoflow_queued_prompt_tokens 48.0",
+        "nanoflow_tenants 3.0",
         'nanoflow_kv_pages{state="used",tier="device"} 3.0',
         'nanoflow_kv_pages{state="cached",tier="device"} 1.0',
         'nanoflow_kv_pages{state="free",tier="device"} 4.0',
@@ -76,6 +79,7 @@ def test_metric_values(scripted: Callable[..., Any]) -> None:
         "nanoflow_last_step_timestamp_seconds 1000.0",
         'nanoflow_startup_phase_seconds{phase="weights"} 0.5',
         'nanoflow_requests_total{outcome="stop"} 0.0',
+        'nanoflow_requests_total{outcome="queue_full"} 0.0',
         "nanoflow_engine_up 1.0",
     ):
         assert line in lines, line

@@ -1,6 +1,7 @@
 """The engine in its own process: the tokens of the offline API, streamed to many at once."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from nf_runtime import (
     ContextLengthExceededError,
     EngineConfig,
     InvalidRequestError,
+    OverloadedError,
     RequestOutput,
     RequestStream,
     SamplingParams,
 )
+from nf_runtime.engine_types import EngineStats
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -286,3 +289,30 @@ async def test_a_prompt_that_is_too_long(engine: AsyncEngine) -> None:
         engine.submit([1] * 4096, SamplingParams())
     (choice,) = await read(engine.submit([1] * 4095, SamplingParams()))
     assert (len(choice["token_ids"]), choice["finish_reason"]) == (1, "length")
+
+
+async def test_what_there_is_no_room_for_is_refused_at_once(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it is known here; who waits for KV is not in the queue."""
+    config = dataclasses.replace(engine.config, max_num_queued_reqs=2, max_num_queued_tokens=50)
+    monkeypatch.setattr(engine, "config", config)
+    params = SamplingParams(max_tokens=1)
+
+    def waits(num_waiting: int, num_restoring: int, queued_prompt_tokens: int) -> None:
+        engine.stats = EngineStats(
+            num_waiting=num_waiting,
+            num_restoring=num_restoring,
+            queued_prompt_tokens=queued_prompt_tokens,
+        )
+
+    waits(2, 0, 20)
+    with pytest.raises(OverloadedError, match="0 are open, and max_num_queued_reqs is 2"):
+        engine.submit([1], params)
+    waits(1, 0, 20)
+    with pytest.raises(OverloadedError, match="20 tokens are queued, this one has 31, and"):
+        engine.submit([1] * 31, params)
+    for prompt, waiting in (([1] * 30, (1, 0, 20)), ([1] * 51, (0, 0, 0)), ([1], (2, 1, 20))):
+        waits(*waiting)
+        (choice,) = await read(engine.submit(prompt, params))
+        assert choice["finish_reason"] == "length"

@@ -1,6 +1,6 @@
 """Running ahead changes no token, no count and no end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nf_scheduler import Request, Scheduler
 
 MakeCheckpoint = Callable[..., Path]
 VOCAB_SIZE, CONTEXT = 200, 256
+DEMO = Path(__file__).parents[3] / "models" / "nanoflow-demo"
 
 
 def load(path: Path, **options: Any) -> LLM:
@@ -176,16 +177,65 @@ def test_min_tokens_holds_stop_ids_back(llm: LLM, least: int) -> None:
     )
     output = generate(llm, [PROMPTS[4]], params)[0].outputs[0]
     *held, last = output.token_ids
-    assert held[: least - 1] == [0] * (least - 1)
+    assert held[:least] == [0] * least
+    assert set(held) == {0}
     assert last != 0
-    assert output.finish_reason == "stop"
+    assert (output.finish_reason, output.stop_reason) == ("stop", last)
+    assert output.ledger is not None
+    assert output.ledger.output_tokens == len(output.token_ids)
 
 
-def test_the_end_of_the_context(llm: LLM) -> None:
-    prompt = np.random.default_rng(9).integers(0, VOCAB_SIZE, CONTEXT - 10).tolist()
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    output = generate(llm, [prompt], params)[0].outputs[0]
-    assert (len(output.token_ids), output.finish_reason) == (10, "length")
+@pytest.mark.parametrize("room", [1, 2, 10])
+def test_the_end_of_the_context(llm: LLM, room: int) -> None:
+    """Whether that is what was asked for, more than there is, or nothing was."""
+    prompt = np.random.default_rng(9).integers(0, VOCAB_SIZE, CONTEXT - room).tolist()
+    limits = (room, None, room + 1)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in limits]
+    outputs = [output.outputs[0] for output in generate(llm, [prompt] * 3, params)]
+    assert [(len(o.token_ids), o.finish_reason) for o in outputs] == [(room, "length")] * 3
+    assert outputs[0].token_ids == outputs[1].token_ids == outputs[2].token_ids
+    assert [o.ledger and o.ledger.output_tokens for o in outputs] == [room] * 3
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+def talker(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """A model whose answers are text, so that a stop string can end them."""
+    llm = LLM(str(DEMO), dtype="float32", kv_cache_tokens=2048, async_scheduling=request.param)
+    yield llm
+    assert (llm.engine.stats.iterations_ahead > 0) == request.param
+    llm.shutdown()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("limit", ["none", "its end", "one before", "one after"])
+def test_a_stop_string_ends_a_request_where_it_comes(
+    talker: LLM, num_tokens: int, limit: str
+) -> None:
+    """It is found outside of the engine, which has gone on by then: nothing of that is kept."""
+    assert talker.tokenizer is not None
+    prompt = talker.tokenizer.encode("def fibonacci(n):")
+    greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    (whole,) = generate(talker, [prompt], SamplingParams(max_tokens=30, **greedy))[0].outputs
+    texts = [talker.tokenizer.decode(whole.token_ids[:i]) for i in range(31)]
+    end = next(
+        i for i in range(6, 30) if texts[i][len(texts[i - num_tokens]) :] not in texts[i - 1]
+    )
+    stop = texts[end][len(texts[end - num_tokens]) :]
+    assert texts[end].index(stop) == len(texts[end - num_tokens])
+    most = {"none": 30, "its end": end, "one before": end - 1, "one after": end + 1}[limit]
+    params = SamplingParams(max_tokens=most, stop=["\x01", stop], **greedy)
+    expected = (texts[end - num_tokens], whole.token_ids[:end], "stop", stop)
+    if limit == "one before":
+        expected = (texts[end - 1], whole.token_ids[: end - 1], "length", None)
+    for others in (0, 3):
+        long = SamplingParams(max_tokens=60, **greedy)
+        prompts, wanted = [prompt, *PROMPTS[:others]], [params, *[long] * others]
+        got = generate(talker, prompts, wanted)[0].outputs[0]
+        assert (got.text, got.token_ids, got.finish_reason, got.stop_reason) == expected
+        assert got.ledger is not None
+        assert got.ledger.output_tokens == len(got.token_ids)
+        assert talker.engine.kv_cache.stats().pages_used == 0
+        talker.engine.scheduler.check_integrity()
 
 
 def test_what_was_computed_ahead_is_dropped_and_freed_once(

@@ -237,7 +237,10 @@ def test_outputs_survive_the_journey(output: TokenOutput) -> None:
 
 
 def test_stats_and_info_survive_the_journey() -> None:
-    stats = EngineStats(num_running=3, busy_seconds=1 / 3, last_step_time=1e9 + 0.1)
+    stats = EngineStats(
+        *range(1, 12), {"host": 12}, 13, 14, 15, busy_seconds=1 / 3, last_step_time=1e9 + 0.1
+    )
+    assert (stats.num_restoring, stats.queued_prompt_tokens, stats.tenants) == (3, 4, 5)
     assert stats_from_json(through_json(stats_to_json(stats))) == stats
     info = {
         "model": "m",

@@ -118,17 +118,32 @@ ONE_TOKEN = [ids[0] for ids in map(encode, ("a", "b", "ab", "ba", "aa", "c")) if
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@given(ids=st.lists(st.sampled_from(ONE_TOKEN), max_size=20), stops=STOPS, include=st.booleans())
+@given(
+    ids=st.lists(st.sampled_from(ONE_TOKEN), max_size=20),
+    stops=STOPS,
+    include=st.booleans(),
+    minimum=st.just(0) | st.integers(1, 8),
+)
 @settings(max_examples=500, deadline=None)
-def test_stop_strings_that_overlap(ids: list[int], stops: list[str], include: bool) -> None:
-    """The first to begin wins, of those complete by then; held text is never longer than one."""
+def test_stop_strings_that_overlap(
+    ids: list[int], stops: list[str], include: bool, minimum: int
+) -> None:
+    """The first to begin wins, of those that a token completes; held text is never longer than one.
+
+    Up to the minimum, what is completed does not count.
+    """
     answer = stream(stop=stops, include_stop=include)
     given, seen, expected, stopped_by = "", "", None, None
-    for token in ids:
-        seen += TOKENIZER.decode([token])
-        given += answer.push(token)
-        found = [(seen.find(stop), stop) for stop in stops if stop in seen]
-        if found:
+    for count, token in enumerate(ids, start=1):
+        before, seen = len(seen), seen + TOKENIZER.decode([token])
+        given += answer.push(token, check_stop=count > minimum)
+        found = [
+            (at, stop)
+            for stop in stops
+            for at in range(len(seen))
+            if seen.startswith(stop, at) and at + len(stop) > before
+        ]
+        if found and count > minimum:
             at, stopped_by = min(found)
             expected = seen[: at + len(stopped_by)] if include else seen[:at]
             break
@@ -158,6 +173,18 @@ def test_nothing_stops_before_the_minimum() -> None:
     assert answer.stopped_by is None
     assert [answer.push(t) for t in tokens[2:]] == ["a", ""]
     assert answer.stopped_by == "b"
+
+
+def test_a_stop_string_may_begin_before_the_minimum() -> None:
+    """But one that is complete by then stops nothing, though it may be held back as a beginning."""
+    a, b, x = (encode(c)[0] for c in "abx")
+    answer = stream(stop=["ab"])
+    assert [answer.push(a, check_stop=False), answer.push(b)] == ["", ""]
+    assert answer.stopped_by == "ab"
+    answer = stream(stop=["ab", "abab"])
+    assert [answer.push(t, check_stop=False) for t in (a, b)] == ["", ""]
+    assert answer.push(x) == "abx"
+    assert answer.stopped_by is None
 
 
 def test_encoding_holds_up_no_other_thread() -> None:

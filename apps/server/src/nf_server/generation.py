@@ -95,10 +95,10 @@ class Generation:
             raise overloaded(error) from None
 
     def _count(self, base: int, deltas: Deltas) -> None:
-        if self.record.first_token is None:
-            self.record.first_token = time.monotonic()
         for delta in deltas:
             tokens = len(delta.token_ids)
+            if tokens and self.record.first_token is None:
+                self.record.first_token = time.monotonic()
             self._outputs[base + delta.index] += tokens
             self._metrics.generation_tokens += tokens
             if delta.finish_reason is None:
@@ -191,6 +191,8 @@ class Generation:
                 outcome = Outcome.ABORT_SERVER
             elif error.code == "deadline_exceeded":
                 outcome = Outcome.TIMEOUT
+            elif error.code == "queue_full":
+                outcome = Outcome.QUEUE_FULL
             elif error.status < 500:
                 outcome = Outcome.REJECTED
             raise

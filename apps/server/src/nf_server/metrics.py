@@ -53,7 +53,7 @@ class ServerMetrics:
         )
         self._queue = self._histogram(
             "nanoflow_request_queue_seconds",
-            "From the arrival of a request in the engine to its first iteration.",
+            "From the arrival of a request in the engine to its first iteration, or an end before.",
         )
         self.registry.register(_EngineCollector(engine, self))
         ProcessCollector(registry=self.registry)
@@ -61,9 +61,11 @@ class ServerMetrics:
     def _histogram(self, name: str, help_text: str) -> Histogram:
         return Histogram(name, help_text, buckets=_LATENCY_BUCKETS, registry=self.registry)
 
-    def rejected(self) -> None:
-        """Count a request that never reached the engine."""
-        self._requests.labels(Outcome.REJECTED.value).inc()
+    def rejected(self, code: str) -> None:
+        """Count a request that never reached the engine, by the code of its error."""
+        # More load, or less, is the operator's business; other rejections are the clients'.
+        outcome = Outcome.QUEUE_FULL if code == "queue_full" else Outcome.REJECTED
+        self._requests.labels(outcome.value).inc()
 
     def finished(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
@@ -141,8 +143,23 @@ class _EngineCollector(Collector):
         )
         yield GaugeMetricFamily(
             "nanoflow_requests_waiting",
-            "Sequences that wait for their first iteration, or for pages after a preemption.",
+            "Sequences that wait for a first iteration, for pages after a preemption, or for KV.",
             value=stats.num_waiting,
+        )
+        yield GaugeMetricFamily(
+            "nanoflow_requests_restoring",
+            "Those waiting sequences that have pages, and wait for KV from a lower tier.",
+            value=stats.num_restoring,
+        )
+        yield GaugeMetricFamily(
+            "nanoflow_queued_prompt_tokens",
+            "Prompt tokens of the sequences that are queued.",
+            value=stats.queued_prompt_tokens,
+        )
+        yield GaugeMetricFamily(
+            "nanoflow_tenants",
+            "Tenants that have requests, and some that had.",
+            value=stats.tenants,
         )
         yield from kv_metrics(stats)
         yield CounterMetricFamily(

@@ -21,6 +21,7 @@ class Outcome(StrEnum):
     ABORT_CLIENT = "abort_client"
     ABORT_SERVER = "abort_server"
     REJECTED = "rejected"
+    QUEUE_FULL = "queue_full"
     ERROR = "error"
 
 
@@ -29,6 +30,7 @@ class LedgerLike(Protocol):
 
     arrival: float
     first_scheduled: float | None
+    finished: float | None
     preemptions: int
 
 
@@ -55,12 +57,16 @@ class RequestRecord:
     preemptions: int = 0
 
     def read_ledgers(self, ledgers: Sequence[LedgerLike]) -> None:
-        """Take queueing time (the longest) and preemptions (all) from the request's ledgers."""
-        waits = [
-            ledger.first_scheduled - ledger.arrival
-            for ledger in ledgers
-            if ledger.first_scheduled is not None
-        ]
+        """Take queueing time (the longest) and preemptions (all) from the request's ledgers.
+
+        Who ran out of time in the queue has spent all of it there. Without these, the times would
+        look best when the server is overloaded most.
+        """
+        waits = []
+        for ledger in ledgers:
+            left = ledger.finished if ledger.first_scheduled is None else ledger.first_scheduled
+            if left is not None:
+                waits.append(left - ledger.arrival)
         self.queue_seconds = max(waits, default=None)
         self.preemptions = sum(ledger.preemptions for ledger in ledgers)
 

@@ -104,7 +104,11 @@ class RequestStream:
 
     @property
     def ledger(self) -> list[Ledger]:
-        """The engine's account of every answer that it has finished."""
+        """The engine's account of every answer that it has finished.
+
+        It may count a few more tokens of an answer that a stop string ended, which the engine made
+        before it was told. They are in no text and in no `usage`.
+        """
         return [choice.ledger for choice in self._choices if choice.ledger]
 
     def __aiter__(self) -> Self:
@@ -283,7 +287,7 @@ class AsyncEngine:
         """
         if self.dead_reason is not None:
             raise EngineDeadError(self.dead_reason)
-        self.check_load()
+        self.check_load(len(prompt_token_ids))
         validate_request(prompt_token_ids, params, self.info)
         number = next(self._numbers)
         request_id = request_id or f"request-{number}"
@@ -310,21 +314,31 @@ class AsyncEngine:
             self._send({"add": request_to_json(request)})
         return stream
 
-    def check_load(self) -> None:
+    def check_load(self, prompt_tokens: int = 0) -> None:
         """Refuse at once what the engine has no room for in its queue, before work goes into it.
 
         The engine itself counts exactly; this is what is known here.
 
+        Args:
+            prompt_tokens: Length of the prompt, once it is known.
+
         Raises:
             OverloadedError: There are too many requests already.
         """
-        most = self.config.max_num_queued_reqs
-        if most is None:
-            return
-        room = most + self.config.max_num_seqs
-        if self.stats.num_waiting >= most or len(self._live) >= room:
+        most, stats = self.config.max_num_queued_reqs, self.stats
+        if most is not None:
+            room = most + self.config.max_num_seqs
+            # Who waits for KV from a lower tier has left the queue.
+            if stats.num_waiting - stats.num_restoring >= most or len(self._live) >= room:
+                raise OverloadedError(
+                    f"too many requests: {len(self._live)} are open, and max_num_queued_reqs is "
+                    f"{most}"
+                )
+        most, queued = self.config.max_num_queued_tokens, stats.queued_prompt_tokens
+        if most is not None and prompt_tokens and queued and queued + prompt_tokens > most:
             raise OverloadedError(
-                f"too many requests: {len(self._live)} are open, and max_num_queued_reqs is {most}"
+                f"too many requests: prompts of {queued} tokens are queued, this one has "
+                f"{prompt_tokens}, and max_num_queued_tokens is {most}"
             )
 
     def abort(self, request_id: str) -> None:

@@ -154,6 +154,9 @@ class Engine:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
+            num_restoring=scheduler.num_restoring,
+            queued_prompt_tokens=scheduler.queued_prompt_tokens,
+            tenants=scheduler.tenants,
             kv_pages_total=cache.pages_total,
             kv_pages_used=cache.pages_used,
             kv_pages_cached=cache.pages_cached,

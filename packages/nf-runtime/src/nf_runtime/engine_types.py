@@ -48,6 +48,9 @@ class EngineStats:
     Attributes:
         num_running: Requests with pages.
         num_waiting: Requests without, and those whose KV is on its way up from a lower tier.
+        num_restoring: The latter of these.
+        queued_prompt_tokens: Prompt tokens of those in the queue.
+        tenants: Tenants that have requests, and some that had.
         kv_pages_total: Pages of the KV cache.
         kv_pages_used: Pages that requests refer to.
         kv_pages_cached: Unused pages that a later prompt may find.
@@ -67,6 +70,9 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_restoring: int = 0
+    queued_prompt_tokens: int = 0
+    tenants: int = 0
     kv_pages_total: int = 0
     kv_pages_used: int = 0
     kv_pages_cached: int = 0

@@ -20,7 +20,8 @@ class SamplingParams:
         top_k: Keep the k most likely tokens; 0 or -1 keeps all.
         min_p: Drop tokens below this share of the most likely token's probability, in [0, 1].
         max_tokens: Tokens to generate at most; None means up to the end of the context.
-        min_tokens: No end-of-sequence or stop token before this many tokens.
+        min_tokens: No end-of-sequence or stop token before this many tokens; a stop string ends the
+            request only if a later token completes it.
         ignore_eos: Go on after an end-of-sequence token.
         stop: Text that ends the request.
         stop_token_ids: Tokens that end the request.

@@ -42,14 +42,13 @@ class TextStream:
 
         Args:
             token_id: The next token.
-            check_stop: False while the answer is too short to stop.
+            check_stop: False while the answer is too short to stop. A stop string that this token
+                completes is then text as any other; one that it begins may be completed later.
         """
         piece = self._decode(token_id)
         if not self._stop:
             return piece
-        if not check_stop:
-            return self._give(self._held + piece)
-        return self._search(self._held + piece)
+        return self._search(piece, check_stop)
 
     def finish(self) -> str:
         """Give the text held back, once no token follows."""
@@ -77,17 +76,25 @@ class TextStream:
     def _backend_step(self, token_id: int) -> str:
         return self._decoder.step(self._backend, token_id) or ""
 
-    def _search(self, buffer: str) -> str:
-        found = [(at, stop) for stop in self._stop if (at := buffer.find(stop)) >= 0]
+    def _search(self, piece: str, check_stop: bool) -> str:
+        buffer = self._held + piece
+        found = []
+        if check_stop:
+            for stop in self._stop:
+                # Only what ends within `piece`: what was complete before came too early to count.
+                at = buffer.find(stop, max(0, len(self._held) + 1 - len(stop)))
+                if at >= 0:
+                    found.append((at, stop))
         if found:
             at, self.stopped_by = min(found)
             end = at + len(self.stopped_by) if self._include_stop else at
             return self._give(buffer[:end])
         longest = max(map(len, self._stop)) - 1
         for held in range(min(longest, len(buffer)), 0, -1):
-            if any(stop.startswith(buffer[-held:]) for stop in self._stop):
+            tail = buffer[-held:]
+            if any(held < len(stop) and stop.startswith(tail) for stop in self._stop):
                 given = self._give(buffer[:-held])
-                self._held = buffer[-held:]
+                self._held = tail
                 return given
         return self._give(buffer)
 

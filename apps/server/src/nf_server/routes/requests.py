@@ -37,7 +37,7 @@ async def counting_rejections(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except ApiError as error:
-        service_of(request).metrics.rejected()
+        service_of(request).metrics.rejected(error.code)
         log_rejected(
             request.state.request_id, request.url.path, error.status, error.code, error.message
         )
