@@ -102,6 +102,13 @@ def operation_cases(bench: Bench, count: int) -> dict[str, OperationCase]:
             **{n: torch.full((count,), v, device=device) for n, v in parameters.items()},
         )
 
+    def by_slot(name: str, ids: str) -> Callable[[], Call]:
+        def make() -> Call:
+            slots = torch.arange(count, device=device)
+            return calls(name, **{ids: slots - 1}, slots=slots, last_sampled=slots.clone())
+
+        return make
+
     table = bench.rows(s.vocabulary, s.hidden)
     weight = bench.rows(s.hidden)
     row_bytes = count * s.hidden * ELEMENT
@@ -191,5 +198,11 @@ def operation_cases(bench: Bench, count: int) -> dict[str, OperationCase]:
             draw,
             costs["sample"](rows=count, vocabulary=s.vocabulary),
             count * s.vocabulary * 4,
+        ),
+        "feed_sampled": OperationCase(
+            by_slot("feed_sampled", "token_ids"), costs["feed_sampled"](rows=count), count * 8
+        ),
+        "keep_sampled": OperationCase(
+            by_slot("keep_sampled", "sampled"), costs["keep_sampled"](rows=count), count * 8
         ),
     }

@@ -18,6 +18,13 @@ std::vector<int> all_but_first(const std::vector<int>& cores) {
   return {cores.begin() + 1, cores.end()};
 }
 
+int64_t at_least_one(int64_t threads) {
+  if (threads < 1) {
+    throw std::invalid_argument("threads is " + std::to_string(threads) + "; expected 1 or more");
+  }
+  return threads;
+}
+
 }  // namespace
 
 void Event::set() {
@@ -38,6 +45,8 @@ Lane::Lane(std::vector<int> cores)
     throw;
   }
 }
+
+Lane::Lane(int64_t threads) : helpers_(at_least_one(threads) - 1), leader_(&Lane::lead, this) {}
 
 Lane::~Lane() { finish(); }
 
@@ -79,6 +88,15 @@ void Lane::wait(std::shared_ptr<Event> event) {
 void Lane::synchronize() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] { return queue_.empty() && !busy_; });
+  throw_error();
+}
+
+void Lane::raise_error() {
+  const std::lock_guard lock(mutex_);
+  throw_error();
+}
+
+void Lane::throw_error() {
   if (!error_.empty()) throw std::invalid_argument(std::exchange(error_, {}));
 }
 

@@ -1,4 +1,4 @@
-// A lane of a CPU: threads pinned to a set of cores that run commands in order, beside other lanes.
+// A lane of a CPU: threads that run commands in order, beside other lanes and whoever gives the commands.
 #pragma once
 
 #include <atomic>
@@ -33,6 +33,8 @@ class Lane {
  public:
   // Starts one thread per core, each pinned to its own. Throws std::runtime_error when a core cannot be had.
   explicit Lane(std::vector<int> cores);
+  // Starts so many threads, on whatever cores the system puts them.
+  explicit Lane(int64_t threads);
   // Finishes what was submitted.
   ~Lane();
   Lane(const Lane&) = delete;
@@ -48,6 +50,8 @@ class Lane {
   void wait(std::shared_ptr<Event> event);
   // Blocks until the lane is idle; throws std::invalid_argument with its error, if there is one.
   void synchronize();
+  // Throws the lane's error, if there is one by now.
+  void raise_error();
 
   const std::vector<int>& cores() const { return cores_; }
 
@@ -59,6 +63,7 @@ class Lane {
   void push(Queued queued);
   void lead();
   void finish();
+  void throw_error();  // with the mutex held
 
   std::vector<int> cores_;
   Pool helpers_;

@@ -408,6 +408,47 @@ void sample(uintptr_t logits, uintptr_t temperature, uintptr_t top_k, uintptr_t 
   run_team(num_rows * vocab_size, [=](const nf::Team& team) { nf::sample(args, table(), team); });
 }
 
+// A lane ends without the GIL: what it still has to run may want it.
+template <typename Threads>
+std::shared_ptr<nf::Lane> make_lane(Threads threads) {
+  return std::shared_ptr<nf::Lane>(new nf::Lane(std::move(threads)), [](nf::Lane* lane) {
+    const py::gil_scoped_release release;
+    delete lane;
+  });
+}
+
+// Queues a call of a Python function, which holds the GIL for as long as it runs.
+void call_on_lane(nf::Lane& lane, py::function function) {
+  const std::shared_ptr<py::function> held(new py::function(std::move(function)), [](py::function* last) {
+    const py::gil_scoped_acquire gil;
+    delete last;
+  });
+  lane.submit_alone([held] {
+    const py::gil_scoped_acquire gil;
+    try {
+      (*held)();
+    } catch (const py::error_already_set& error) {
+      throw std::runtime_error(error.what());  // which is read without the GIL
+    }
+  });
+}
+
+void feed_sampled(uintptr_t token_ids, uintptr_t slots, uintptr_t last_sampled, int64_t num_rows, int64_t num_slots) {
+  run_before([=] {
+    check_indices("slots", at<int64_t>(slots), num_rows, num_slots);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      if (at<int64_t>(token_ids)[i] < 0) at<int64_t>(token_ids)[i] = at<int64_t>(last_sampled)[at<int64_t>(slots)[i]];
+    }
+  });
+}
+
+void keep_sampled(uintptr_t sampled, uintptr_t slots, uintptr_t last_sampled, int64_t num_rows, int64_t num_slots) {
+  run_before([=] {
+    check_indices("slots", at<int64_t>(slots), num_rows, num_slots);
+    for (int64_t i = 0; i < num_rows; ++i) at<int64_t>(last_sampled)[at<int64_t>(slots)[i]] = at<int64_t>(sampled)[i];
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -431,16 +472,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("moe_experts_scratch_bytes", &moe_experts_scratch_bytes);
   m.def("sample", &sample, release());
   m.def("sample_scratch_bytes", &sample_scratch_bytes);
+  m.def("feed_sampled", &feed_sampled, release());
+  m.def("keep_sampled", &keep_sampled, release());
 
   py::class_<nf::Event, std::shared_ptr<nf::Event>>(m, "Event")
       .def("done", &nf::Event::done)
       .def("wait", &nf::Event::wait, release())
       .def("time", &nf::Event::time);
   py::class_<nf::Lane, std::shared_ptr<nf::Lane>>(m, "Lane")
-      .def(py::init<std::vector<int>>())
+      .def(py::init(&make_lane<std::vector<int>>), py::arg("cores"))
+      .def_static("of_threads", &make_lane<int64_t>, py::arg("threads"))
       .def("record", &nf::Lane::record)
       .def("wait", &nf::Lane::wait)
       .def("synchronize", &nf::Lane::synchronize, release())
+      .def("raise_error", &nf::Lane::raise_error)
+      .def("call", &call_on_lane)
       .def_property_readonly("cores", &nf::Lane::cores);
   m.def("set_current_lane", [](nf::Lane* lane) { nf::current_lane() = lane; }, py::arg("lane").none(true));
 }

@@ -43,6 +43,8 @@ EXAMPLES = {
         "experts_touched": 4, "element_bytes": 2,
     },
     "sample": {"rows": 3, "vocabulary": 9},
+    "feed_sampled": {"rows": 3},
+    "keep_sampled": {"rows": 3},
     "all_reduce": {"elements": 12, "element_bytes": 2, "ranks": 3},
     "all_gather": {"elements": 12, "element_bytes": 2, "ranks": 3},
     "reduce_scatter": {"elements": 12, "element_bytes": 2, "ranks": 3},
@@ -430,6 +432,17 @@ def test_sample():
     REFERENCE["sample"](logits=logits, out=out, **parameters)
     expected = Cost(4 * logits.numel(), nbytes(logits, out, *parameters.values()), 0)
     assert cost.sample(rows=4, vocabulary=9) == expected
+
+
+def test_what_was_sampled():
+    token_ids, slots = torch.full((4,), -1), torch.arange(4)
+    last_sampled = torch.arange(4)
+    REFERENCE["feed_sampled"](token_ids=token_ids, slots=slots, last_sampled=last_sampled)
+    moved = 2 * token_ids.nbytes + slots.nbytes + last_sampled.nbytes
+    assert cost.feed_sampled(rows=4) == Cost(0, moved, 0)
+    REFERENCE["keep_sampled"](sampled=token_ids, slots=slots, last_sampled=last_sampled)
+    moved = token_ids.nbytes + slots.nbytes + last_sampled.nbytes
+    assert cost.keep_sampled(rows=4) == Cost(0, moved, 0)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -79,6 +79,14 @@ ARGUMENTS = {
         **{n: zeros(3, dtype=FP32) for n in ("temperature", "top_p", "min_p", "uniform")},
         **{n: zeros(3, dtype=INT64) for n in ("top_k", "out")},
     },
+    "feed_sampled": lambda: {
+        **{n: zeros(3, dtype=INT64) for n in ("token_ids", "slots")},
+        "last_sampled": zeros(9, dtype=INT64),
+    },
+    "keep_sampled": lambda: {
+        **{n: zeros(3, dtype=INT64) for n in ("sampled", "slots")},
+        "last_sampled": zeros(9, dtype=INT64),
+    },
 }  # fmt: skip
 
 
@@ -136,6 +144,8 @@ def test_tensors_of_several_devices_are_refused(name):
     ("sample", {"logits": zeros(3, 9)}, "logits is torch.bfloat16 .*expected torch.float32"),
     ("sample", {"logits": zeros(3, 0, dtype=FP32)}, "logits has rows of 0; expected at least one"),
     ("sample", {"top_k": zeros(3, dtype=INT32)}, "top_k is torch.int32 .*expected torch.int64"),
+    ("feed_sampled", {"slots": zeros(2, dtype=INT64)}, r"slots is .*\[2\] .*\[3\] on cpu"),
+    ("keep_sampled", {"sampled": zeros(3, dtype=INT32)}, "sampled is torch.int32 .*torch.int64"),
     ("sample", {"uniform": zeros(2, dtype=FP32)}, r"uniform is .*\[2\] .*\[3\] on cpu"),
     ("rope_append", {"qkv": zeros(3, 200)}, "qkv has rows of 200; expected a multiple of head_dim"),
     ("rope_append", {"qkv": zeros(3, 128)}, "qkv has rows of 128; .* more than the 2 heads of K"),

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf_kernels import lanes, native_status, ops
+from nf_kernels import lanes, native_status, num_threads, ops, set_num_threads
 from nf_kernels.lanes.lane import grant
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -288,3 +288,73 @@ def test_the_time_of_an_event_needs_the_event(two_lanes, native):
         second.seconds_since(first)
     second.wait()
     assert second.seconds_since(first) > 0
+
+
+@pytest.fixture
+def undivided() -> Iterator[lanes.CpuLane]:
+    lane = lanes.undivided_cpu()
+    yield lane
+    lane.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_an_undivided_lane_has_the_threads_of_all_operations(threads):
+    before = num_threads()
+    set_num_threads(threads)
+    try:
+        tasks = set(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else set()
+        lane = lanes.undivided_cpu()
+        if tasks:
+            new = set(os.listdir("/proc/self/task")) - tasks
+            assert len(new) == threads
+            assert all(os.sched_getaffinity(int(task)) == set(CORES) for task in new)
+        lane.close()
+    finally:
+        set_num_threads(before)
+
+
+def test_an_undivided_lane_gives_what_operations_give_outside(undivided):
+    native = ops.load("cpu")
+    tensors, expected = work(native, 1)
+    run_chain(native, tensors, expected)
+    results = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    with undivided:
+        run_chain(native, tensors, results)
+    undivided.synchronize()
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_python_is_called_between_operations(undivided):
+    native = ops.load("cpu")
+    slots, kept = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    seen = []
+    with undivided:
+        for number in range(100):
+            native["keep_sampled"](sampled=torch.full((1,), number), slots=slots, last_sampled=kept)
+            undivided.call(lambda: seen.append(int(kept)))
+    undivided.synchronize()
+    assert seen == list(range(100))
+
+
+def test_what_python_raises_is_the_error_of_the_lane(undivided):
+    seen = []
+    undivided.call(lambda: 1 // 0)
+    undivided.call(lambda: seen.append(1))
+    event = undivided.record()
+    event.wait()
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        undivided.raise_error()
+    undivided.raise_error()  # it was told
+    undivided.call(lambda: seen.append(2))
+    undivided.synchronize()
+    assert seen == [2]
+
+
+def test_a_lane_that_ends_still_calls_what_it_was_given():
+    lane = lanes.undivided_cpu()
+    go, seen = threading.Event(), []
+    lane.call(go.wait)
+    lane.call(lambda: seen.append(1))
+    threading.Timer(0.05, go.set).start()
+    lane.close()
+    assert seen == [1]

@@ -235,3 +235,17 @@ def test_rows_of_no_request(native):
         "query_start": torch.zeros(1, dtype=INT32),
     }
     refused(native, "prefill_attention", "query_start runs from 0 to 0; expected 0 to 3", **changed)
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+@pytest.mark.parametrize(
+    ("name", "ids"), [("feed_sampled", "token_ids"), ("keep_sampled", "sampled")]
+)
+def test_slots_of_sampled_tokens(native, name, ids, slot):
+    last = torch.tensor([10, 11, 12])
+    tokens = torch.tensor([-1, -1])
+    with pytest.raises(ValueError, match=rf"slots\[1\] is {slot}; expected 0 to 2"):
+        native[name](**{ids: tokens}, slots=torch.tensor([0, slot]), last_sampled=last)
+    assert (last.tolist(), tokens.tolist()) == ([10, 11, 12], [-1, -1])
+    with pytest.raises(ValueError, match=r"slots is torch.int64 \[1\] .*torch.int64 \[2\]"):
+        native[name](**{ids: tokens}, slots=torch.tensor([0]), last_sampled=last)

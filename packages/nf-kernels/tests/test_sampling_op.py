@@ -257,3 +257,20 @@ def test_a_row_without_a_distribution_gives_a_token_and_spoils_no_other(value, t
 
 def test_no_rows():
     assert draw(torch.empty(0, 9)).tolist() == []
+
+
+def test_sampled_tokens_are_fed_to_the_next_iteration():
+    last = torch.tensor([10, 11, 12, 13])
+    OPERATIONS["keep_sampled"](
+        sampled=torch.tensor([77, 88]), slots=torch.tensor([3, 1]), last_sampled=last
+    )
+    assert last.tolist() == [10, 88, 12, 77]
+    token_ids = torch.tensor([5, -1, 6, -1, -1])
+    OPERATIONS["feed_sampled"](
+        token_ids=token_ids, slots=torch.tensor([0, 3, 1, 0, 1]), last_sampled=last
+    )
+    assert token_ids.tolist() == [5, 77, 6, 10, 88]
+    none = torch.empty(0, dtype=torch.int64)
+    OPERATIONS["feed_sampled"](token_ids=none, slots=none, last_sampled=last)
+    OPERATIONS["keep_sampled"](sampled=none, slots=none, last_sampled=last)
+    assert last.tolist() == [10, 88, 12, 77]

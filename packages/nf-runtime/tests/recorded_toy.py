@@ -54,14 +54,23 @@ class IterationError(Exception):
 
 
 class ToyRunner:
-    """Samples what follows from a request and how far it is; fails when told to."""
+    """Samples what follows from a request and how far it is; fails when told to.
+
+    Attributes:
+        fails_next: Iterations, from the next one on, that fail when their result is asked for.
+        is_broken: Whether the next iteration cannot be launched.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.fails_next = 0
+        self.is_broken = False
         self._num_layers = num_layers
         self._launched: deque[tuple[Batch, bool]] = deque()
 
     def launch(self, batch: Batch, page_tables: np.ndarray, offload: Any = None) -> None:
+        if self.is_broken:
+            self.is_broken = False
+            raise IterationError
         for layer in range(self._num_layers if offload is not None else 0):
             offload.before_append(layer)
             offload.after_append(layer)
@@ -105,10 +114,11 @@ class RecordedToy:
             kv_host_bytes=None if tiers == "none" else 10 * 4096,
             kv_ssd_dir=str(directory / "disk") if tiers == "disk" else None,
             **options,
-        )
+        ).on_device("cpu")
         self.recorder = Recorder(self.config)
         self.ended: dict[str, str] = {}
         self.refused = 0
+        self.num_failures = 0
         rng = random.Random(seed)
         disk = None
         if tiers == "disk":
@@ -155,6 +165,7 @@ class RecordedToy:
         try:
             self._note(self.loop.step()[0])
         except IterationError:
+            self.num_failures += 1
             self._note(self.loop.fail())
 
     def finish(self) -> None:

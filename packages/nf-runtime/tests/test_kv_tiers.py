@@ -255,23 +255,27 @@ class Order:
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch, *, late: bool) -> None:
         self.calls: list[tuple[str, int]] = []
         order = IterationOffload.after_append
+        put_off: list[tuple[IterationOffload, int]] = []
 
         def after_append(offload: IterationOffload, layer: int) -> None:
             """Copy at once, or everything at the end of the iteration."""
+            put_off.append((offload, layer))
             if not late:
-                order(offload, layer)
-                self.calls.append(("copy", layer))
-            elif layer == LAYERS - 1:
-                llm.engine.executor.after_layer.append(lambda *_: copy_all(offload))
+                copy_all()
 
-        def copy_all(offload: IterationOffload) -> None:
-            llm.engine.executor.after_layer.pop()
-            for layer in range(LAYERS):
+        def copy_all() -> None:
+            for offload, layer in put_off:
                 order(offload, layer)
                 self.calls.append(("copy", layer))
+            put_off.clear()
+
+        def after_layer(layer: int, edges: object) -> None:
+            self.calls.append(("layer", layer))
+            if layer == LAYERS - 1:
+                copy_all()
 
         monkeypatch.setattr(IterationOffload, "after_append", after_append)
-        llm.engine.executor.after_layer.append(lambda layer, _: self.calls.append(("layer", layer)))
+        llm.engine.executor.after_layer.append(after_layer)
 
     @property
     def is_eager(self) -> bool:

@@ -181,7 +181,8 @@ def check_anything_is_repeated(
         elif action == "abort" and names:
             toy.loop.abort(names[number % len(names)])
         elif action == "fail":
-            toy.runner.fails_next = number % 40 == 0
+            toy.runner.fails_next = number % 5 == 0
+            toy.runner.is_broken = number % 7 == 0
         toy.step() if action == "step" and toy.scheduler.has_work else None
     toy.finish()
     toy.scheduler.check_integrity()
@@ -220,6 +221,7 @@ def count(toy: RecordedToy, report: ReplayReport) -> None:
     stats = toy.cache.stats()
     SEEN.update(toy.ended.values())
     SEEN["preempted"] += report.preemptions > 0
+    SEEN["failed"] += toy.num_failures > 0
     SEEN["refused"] += report.refused > 0
     for tier, hits in stats.hit_tokens_by_tier.items():
         SEEN[f"hit in {tier}"] += hits > 0
@@ -230,7 +232,7 @@ def test_anything_is_repeated(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Random requests, aborts and failures, over copies that are late or fail and a real disk."""
     SEEN.clear()
     check_anything_is_repeated(tmp_path_factory)
-    for event in ("stop", "length", "abort", "timeout", "preempted", "refused"):
+    for event in ("stop", "length", "abort", "timeout", "preempted", "refused", "failed"):
         assert SEEN[event], SEEN
     for event in ("hit in device", "hit in host", "hit in disk", "restore cut"):
         assert SEEN[event], SEEN
@@ -430,7 +432,7 @@ def test_a_fault_of_the_scheduler_is_repeated(
     llm = record()
     with pytest.raises(RuntimeError, match="a fault"):
         conversation(llm, turns=1)
-    llm.engine.close()
+    llm.shutdown()
     report = Replay(logs(tmp_path)[-1]).run()
     assert (report.divergence, report.end) == (None, LogEnd.CLOSED)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ import torch
 
 from nf_kernels import ops
 from nf_runtime import SamplingParams
+from nf_runtime.device_stream import InlineStream
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.staging import StagingBuffer
 from nf_scheduler import Batch
@@ -37,7 +38,7 @@ def draw(sampler: Sampler, name: str, slot: int) -> set[int]:
         plan = sampler.plan(one_decode(name, slot, position))
         staged = StagingBuffer(torch.device("cpu"))
         staged.fill(plan.arrays)
-        out, _ = sampler.sample(logits, plan, staged)
+        out, _ = sampler.sample(logits, plan, staged, InlineStream())
         drawn.add(int(out[0]))
     return drawn
 

@@ -1,39 +1,45 @@
 """Buffers that iterations take in turn: nothing is overwritten before it was read."""
 
 import threading
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from nf_runtime.device_queue import InlineQueue, ThreadQueue, make_queue
-from nf_runtime.staging import StagingBuffer, StagingRing, WorkGuard
+from nf_runtime.staging import StagingBuffer, StagingRing
 
 CPU = torch.device("cpu")
 
 
-class Done:
-    uploaded = None
-
-
 class SlowDevice:
-    """Reads its buffers late: when it is told to."""
+    """Reads its buffers late, in order: when it is told to."""
 
     def __init__(self) -> None:
-        self.queue = ThreadQueue()
         self.may_read = threading.Semaphore(0)
         self.read: list[list[int]] = []
+        self._work = ThreadPoolExecutor(1)
 
-    def launch(self, buffer: StagingBuffer) -> "Future[Any]":
-        def work() -> Done:
+    def launch(self, buffer: StagingBuffer) -> "Future[None]":
+        def work() -> None:
             self.may_read.acquire()
             buffer.upload()
             self.read.append(buffer.on_device("ids").tolist())
-            return Done()
 
-        return self.queue.submit(work)
+        return self._work.submit(work)
+
+    def close(self) -> None:
+        self._work.shutdown()
+
+
+class ReadGuard:
+    """Until the device has read."""
+
+    def __init__(self, work: "Future[None]") -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        self._work.result()
 
 
 def run(device: SlowDevice, ring: StagingRing, iterations: int, *, guarded: bool) -> None:
@@ -44,10 +50,10 @@ def run(device: SlowDevice, ring: StagingRing, iterations: int, *, guarded: bool
         buffer = ring.acquire()
         buffer.fill({"ids": np.full(3 + iteration % 5, iteration, dtype=np.int32)})
         work = device.launch(buffer)
-        ring.release(WorkGuard(work) if guarded else Never())
+        ring.release(ReadGuard(work) if guarded else Never())
     for _ in range(iterations):
         device.may_read.release()
-    device.queue.close()
+    device.close()
 
 
 class Never:
@@ -86,34 +92,3 @@ def test_a_buffer_holds_arrays_of_every_kind_side_by_side() -> None:
                 assert np.array_equal(tensor.numpy(), array)
                 assert tensor.data_ptr() % 64 == 0 or not array.size
         arrays["ids"] = arrays["ids"][::-1]
-
-
-def test_work_that_fails_frees_its_buffer() -> None:
-    queue = ThreadQueue()
-    ring = StagingRing(1, CPU)
-    ring.acquire()
-
-    def fail() -> Done:
-        raise RuntimeError("no")
-
-    work = queue.submit(fail)
-    ring.release(WorkGuard(work))
-    ring.acquire()
-    with pytest.raises(RuntimeError, match="no"):
-        work.result()
-    queue.close()
-
-
-def test_queues() -> None:
-    assert isinstance(make_queue(CPU, asynchronous=False), InlineQueue)
-    assert isinstance(make_queue(torch.device("cuda"), asynchronous=True), InlineQueue)
-    queue = make_queue(CPU, asynchronous=True)
-    assert isinstance(queue, ThreadQueue)
-    threads = {queue.submit(threading.get_ident).result() for _ in range(3)}
-    assert len(threads) == 1
-    assert threading.get_ident() not in threads
-    queue.close()
-    inline = InlineQueue()
-    assert inline.submit(threading.get_ident).result() == threading.get_ident()
-    assert isinstance(inline.submit(lambda: 1 // 0).exception(), ZeroDivisionError)
-    inline.close()

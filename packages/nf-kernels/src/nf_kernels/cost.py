@@ -51,6 +51,8 @@ CATEGORIES: dict[str, Category] = {
     "moe_experts": Category.COMPUTE,
     "gather_rows": Category.MEMORY,
     "sample": Category.MEMORY,
+    "feed_sampled": Category.MEMORY,
+    "keep_sampled": Category.MEMORY,
     "all_reduce": Category.NETWORK,
     "all_gather": Category.NETWORK,
     "reduce_scatter": Category.NETWORK,
@@ -398,6 +400,21 @@ def sample(*, rows: int, vocabulary: int) -> Cost:
     """
     row_bytes = (vocabulary + 4) * _FLOAT32_BYTES + 2 * _INDEX_BYTES
     return Cost(4 * rows * vocabulary, rows * row_bytes, 0)
+
+
+@_operation
+def feed_sampled(*, rows: int) -> Cost:
+    """Replace unknown ids by those sampled last: an id and a slot are read, an id is looked up.
+
+    Every row counts as unknown, and is written.
+    """
+    return Cost(0, 4 * rows * _INDEX_BYTES, 0)
+
+
+@_operation
+def keep_sampled(*, rows: int) -> Cost:
+    """Keep sampled ids by slot: an id and a slot are read, an id is written."""
+    return Cost(0, 3 * rows * _INDEX_BYTES, 0)
 
 
 @_operation

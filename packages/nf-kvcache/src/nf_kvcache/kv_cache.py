@@ -55,6 +55,7 @@ class KVCache:
     Attributes:
         layout: shape of a page.
         num_pages: pages of the device.
+        restore_seconds: as given.
         layers: for every layer its K and its V, each [num_pages, num_kv_heads, page_size,
             head_dim]; zero at first. The owner of the cache writes them.
 
@@ -84,6 +85,7 @@ class KVCache:
         device = torch.device(device)
         self.layout = layout
         self.num_pages = num_pages
+        self.restore_seconds = restore_seconds
         self._prefix_caching = prefix_caching
         self._index = make_index(layout.page_size, native=native_index)
         self._device = DevicePages(layout, num_pages, device, self._index)

@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
-from nf_runtime.device_queue import make_queue
+from nf_runtime.device_stream import Moment, make_stream
 from nf_runtime.graph import BatchInput, Edge, ElementType, LayerGraph, Operation, Rows
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.row_logprobs import PendingLogprobs, to_host
 from nf_runtime.sampler import Sampler, SamplingPlan
 from nf_runtime.staged_batch import StagedBatch, stage
-from nf_runtime.staging import StagingRing, WorkGuard
+from nf_runtime.staging import StagingRing
 from nf_runtime.weights import ModelWeights
 from nf_scheduler import Batch, IterationResult
 
@@ -37,21 +37,18 @@ class _Launched:
         sampled: int64 [rows that sample], on its way to the host; None if there are none.
         logprobs: Of sampled tokens.
         prompt_logprobs: Of prompts, each with the position of its first row.
-        uploaded: When the device has read the staged arrays.
-        done: When it has done everything.
+        done: When the device has done everything.
     """
 
     batch: Batch
     sampled: Tensor | None
     logprobs: PendingLogprobs | None
     prompt_logprobs: list[tuple[int, PendingLogprobs]]
-    uploaded: torch.cuda.Event | None
-    done: torch.cuda.Event | None
+    done: Moment
 
     def collect(self) -> IterationOutput:
         """The result, once the device has it."""
-        if self.done is not None:
-            self.done.synchronize()
+        self.done.wait()
         token_ids = np.zeros(len(self.batch), dtype=np.int32)
         if self.sampled is not None:
             token_ids[self.batch.samples] = self.sampled.numpy()
@@ -118,7 +115,7 @@ class Executor:
             page_size: Token slots of a page.
             max_tokens: New tokens of one iteration.
             max_requests: Requests of one iteration, and number of slots.
-            asynchronous: Whether `launch` returns at once, also where the device is the CPU.
+            asynchronous: Whether an iteration may be launched while another one is in flight.
         """
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
@@ -155,9 +152,9 @@ class Executor:
         ]
         self._epilogue = self._bind(graph.epilogue, weights.model, None)
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
-        self._queue = make_queue(self._device, asynchronous=asynchronous)
+        self._stream = make_stream(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
-        self._launched: deque[Future[_Launched]] = deque()
+        self._launched: deque[_Launched] = deque()
 
     def launch(
         self, batch: Batch, page_tables: np.ndarray, offload: IterationOffload | None = None
@@ -172,9 +169,13 @@ class Executor:
         plan = self.sampler.plan(batch)
         buffer = self._ring.acquire()
         staged = stage(batch, page_tables, self._page_size, plan.prompt_rows, plan.arrays, buffer)
-        work = self._queue.submit(lambda: self._run_iteration(batch, staged, plan, offload))
-        self._ring.release(WorkGuard(work))
-        self._launched.append(work)
+        with torch.inference_mode(), self._stream:
+            buffer.upload()
+            # On a CPU the arrays stay where they are, and are read to the end.
+            uploaded = None if self._device.type == "cpu" else self._stream.record()
+            launched = self._run_iteration(batch, staged, plan, offload)
+        self._ring.release(uploaded or launched.done)
+        self._launched.append(launched)
 
     def poll(self) -> IterationOutput:
         """Result of the oldest iteration that was launched and not polled; waits for it.
@@ -185,60 +186,62 @@ class Executor:
         """
         if not self._launched:
             raise RuntimeError("poll was called without a launch; call launch first")
-        return self._launched.popleft().result().collect()
+        return self._launched.popleft().collect()
 
     def drain(self) -> None:
         """Wait for all that was launched, and forget it."""
-        while self._launched:
-            work = self._launched.popleft()
-            if work.exception() is None:  # which waits
-                work.result().collect()
+        self._launched.clear()
+        self._stream.synchronize()
 
     def close(self) -> None:
         """Forget what was launched, and end."""
         self.drain()
-        self._queue.close()
+        self._stream.close()
 
-    @torch.inference_mode()
     def _run_iteration(
         self,
         batch: Batch,
         staged: StagedBatch,
         plan: SamplingPlan,
         offload: IterationOffload | None,
-    ) -> "_Launched":
-        """What the device's queue does for an iteration."""
-        staged.buffer.upload()
-        uploaded = self._record()
-        inputs = staged.inputs(self._last_sampled)
+    ) -> _Launched:
+        """Give all work of an iteration to the stream."""
+        stream, buffer = self._stream, staged.buffer
+        inputs = staged.inputs()
+        if staged.has_unknown_tokens:
+            self._operations["feed_sampled"](
+                token_ids=inputs[BatchInput.TOKEN_IDS],
+                slots=buffer.on_device("slot_of_row"),
+                last_sampled=self._last_sampled,
+            )
         self._operations.prepare(staged.attention(inputs))
         arguments = self._arguments(staged, inputs)
-        edges = {name: self._view(name, Rows.ALL, staged) for name in self._edges}
         self._run(self._prologue, arguments, staged)
         for layer, operations in enumerate(self._layers):
-            for hook in self.before_layer:
-                hook(layer, edges)
+            self._call_hooks(self.before_layer, layer, staged)
             self._run_layer(layer, operations, arguments, staged, offload)
-            for hook in self.after_layer:
-                hook(layer, edges)
+            self._call_hooks(self.after_layer, layer, staged)
         self._run(self._epilogue, arguments, staged)
         logits = self._view("logits", Rows.SELECTED, staged)
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
         if num_sampled:
-            sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, staged.buffer)
-            self._last_sampled[staged.buffer.on_device("sample_slots")] = sampled
+            sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
+            self._operations["keep_sampled"](
+                sampled=sampled,
+                slots=buffer.on_device("sample_slots"),
+                last_sampled=self._last_sampled,
+            )
             sampled = to_host(sampled)
-        prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:])
-        return _Launched(batch, sampled, logprobs, prompt_logprobs, uploaded, self._record())
+        prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:], stream)
+        return _Launched(batch, sampled, logprobs, prompt_logprobs, stream.record())
 
-    def _record(self) -> torch.cuda.Event | None:
-        """This moment of the stream; None where work is done when it has been launched."""
-        if self._device.type == "cpu":
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def _call_hooks(self, hooks: list[LayerHook], layer: int, staged: StagedBatch) -> None:
+        """Have hooks called in the order of the stream's work."""
+        if hooks:
+            edges = {name: self._view(name, Rows.ALL, staged) for name in self._edges}
+            for hook in hooks:
+                self._stream.call(partial(hook, layer, edges))
 
     def _run(
         self,
@@ -263,11 +266,12 @@ class Executor:
             self._run(operations, arguments, staged)
             return
         for operation in operations:
-            if operation.kind == "rope_append":
-                offload.before_append(layer)
+            appends = operation.kind == "rope_append"
+            if appends:
+                self._stream.call(partial(offload.before_append, layer))
             self._run([operation], arguments, staged)
-            if operation.kind == "rope_append":
-                offload.after_append(layer)
+            if appends:
+                self._stream.call(partial(offload.after_append, layer))
 
     def _bind(
         self,

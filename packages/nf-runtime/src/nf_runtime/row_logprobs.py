@@ -19,23 +19,29 @@ class PendingLogprobs:
 
     Args:
         request_ids: Whose, for each of S positions.
-        logits: float32 [S, V].
-        token_ids: int64 [S] on the device, the token at each position.
         counts: How many of the most likely tokens to report for each.
 
     Attributes:
         request_ids: As given.
     """
 
-    def __init__(
-        self, request_ids: list[str], logits: Tensor, token_ids: Tensor, counts: list[int]
-    ) -> None:
+    def __init__(self, request_ids: list[str], counts: list[int]) -> None:
+        self.request_ids = request_ids
+        self._counts = counts
+        self._columns: list[Tensor] = []
+
+    def compute(self, logits: Tensor, token_ids: Tensor) -> None:
+        """Order their computation; to be called in the order of the device's work.
+
+        Args:
+            logits: float32 [S, V].
+            token_ids: int64 [S] on the device, the token at each position.
+        """
+        counts = self._counts
         logprobs = logits.log_softmax(dim=-1)
         chosen = logprobs.gather(1, token_ids.unsqueeze(1))
         ranks = (logprobs > chosen).sum(dim=-1) + 1
         top, ids = logprobs.topk(min(max(counts, default=0), logits.shape[1]), dim=-1)
-        self.request_ids = request_ids
-        self._counts = counts
         self._columns = [to_host(t) for t in (token_ids, chosen.squeeze(1), ranks, ids, top)]
 
     def rows(self) -> list[RowLogprobs]:

@@ -1,12 +1,14 @@
 """Chooses the next token of every request in the batch at once."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nf_kernels.ops import OperationSet
+from nf_runtime.device_stream import DeviceStream
 from nf_runtime.row_logprobs import PendingLogprobs
 from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.staging import StagingBuffer
@@ -169,27 +171,23 @@ class Sampler:
         )
 
     def sample(
-        self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer
+        self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer, stream: DeviceStream
     ) -> tuple[Tensor, PendingLogprobs | None]:
-        """Choose a token for each row.
+        """Have a token chosen for each row.
 
         Args:
             logits: float32 [S, V], changed in place.
             plan: Of the iteration.
             staged: Where its arrays are.
+            stream: That is to do it.
 
         Returns:
-            int64 [S] on the device, and the log-probabilities of those that want them, if any.
+            int64 [S] on the device, and the log-probabilities of those that want them, if any; both
+            to be read when the stream has got there.
         """
-        wanting = [
-            (row, name, request.params.logprobs)
-            for row, request, name, _ in plan.special
-            if request.params.logprobs is not None
-        ]
-        wanted_rows = [row for row, _, _ in wanting]
-        raw = logits[wanted_rows] if wanting else None
-        for row, request, _, position in plan.special:
-            self._adjust(logits[row], request, position)
+        special = _SpecialRows(plan.special) if plan.special else None
+        if special is not None:
+            stream.call(partial(special.adjust, logits))
         out = torch.empty(len(plan.slots), dtype=torch.int64, device=self._device)
         parameters = ("temperature", "top_k", "top_p", "min_p", "uniform")
         self._sample(
@@ -198,21 +196,20 @@ class Sampler:
             out=out,
             scratch=self._scratch,
         )
-        for row, request, _, _ in plan.special:
-            self._count(request, out[row : row + 1])
-        if raw is None:
+        if special is None:
             return out, None
-        names, counts = [name for _, name, _ in wanting], [count for _, _, count in wanting]
-        return out, PendingLogprobs(names, raw, out[wanted_rows], counts)
+        stream.call(partial(special.count, out, self._one))
+        return out, special.logprobs
 
     def prompt_logprobs(
-        self, plan: SamplingPlan, logits: Tensor
+        self, plan: SamplingPlan, logits: Tensor, stream: DeviceStream
     ) -> list[tuple[int, PendingLogprobs]]:
         """Log-probabilities of the prompt tokens that follow the rows of `plan.prompt_rows`.
 
         Args:
             plan: Of the iteration.
             logits: float32 [rows, V].
+            stream: That is to compute them.
 
         Returns:
             For each prompt, the position of its first row in its sequence, and one entry per row.
@@ -222,12 +219,12 @@ class Sampler:
         for span in plan.prompt_spans:
             first = span.position + 1
             following = span.request.prompt_token_ids[first : first + span.count]
+            token_ids = torch.from_numpy(following.astype(np.int64)).to(self._device)
             rows = PendingLogprobs(
                 [span.request_id] * span.count,
-                logits[done : done + span.count],
-                torch.from_numpy(following.astype(np.int64)).to(self._device),
                 [span.request.params.prompt_logprobs or 0] * span.count,
             )
+            stream.call(partial(rows.compute, logits[done : done + span.count], token_ids))
             result.append((span.position, rows))
             done += span.count
         return result
@@ -268,28 +265,70 @@ class Sampler:
                 or params.logprobs is not None
             )
 
-    def _adjust(self, logits: Tensor, request: RequestSampling, position: int) -> None:
-        """Apply bias, penalties and the minimum length to one row of logits, in place."""
-        params = request.params
-        if request.seen is not None and request.output_counts is not None:
-            if params.repetition_penalty != 1.0:
-                factor = params.repetition_penalty
-                penalized = torch.where(logits > 0, logits / factor, logits * factor)
-                logits.copy_(torch.where(request.seen, penalized, logits))
-            logits.sub_(request.output_counts * params.frequency_penalty)
-            logits.sub_((request.output_counts > 0) * params.presence_penalty)
-        if request.bias is not None:
-            ids, values = request.bias
-            logits.index_add_(0, ids, values)
-        length = position - len(request.prompt_token_ids)
-        if request.stop_ids is not None and length < params.min_tokens:
-            logits[request.stop_ids] = -torch.inf
 
-    def _count(self, request: RequestSampling, sampled: Tensor) -> None:
-        """Remember a sampled token, int64 [1], for the penalties."""
-        if request.seen is not None and request.output_counts is not None:
-            request.output_counts.index_add_(0, sampled, self._one)
-            request.seen.index_fill_(0, sampled, True)
+class _SpecialRows:
+    """Rows that need more than the sampler's arrays: penalties, biases, log-probabilities.
+
+    Args:
+        rows: As `SamplingPlan.special`.
+
+    Attributes:
+        logprobs: Of the rows that want them; None if there are none.
+    """
+
+    def __init__(self, rows: list[tuple[int, RequestSampling, str, int]]) -> None:
+        wanting = [
+            (row, name, request.params.logprobs)
+            for row, request, name, _ in rows
+            if request.params.logprobs is not None
+        ]
+        self.logprobs = (
+            PendingLogprobs([name for _, name, _ in wanting], [count for _, _, count in wanting])
+            if wanting
+            else None
+        )
+        self._rows = rows
+        self._wanted_rows = [row for row, _, _ in wanting]
+        self._raw: Tensor | None = None
+
+    def adjust(self, logits: Tensor) -> None:
+        """Apply bias, penalties and minimum lengths to logits, float32 [S, V], in place."""
+        if self.logprobs is not None:
+            self._raw = logits[self._wanted_rows]
+        for row, request, _, position in self._rows:
+            _adjust(logits[row], request, position)
+
+    def count(self, sampled: Tensor, one: Tensor) -> None:
+        """Remember sampled tokens, int64 [S], for the penalties, and how likely they were.
+
+        Args:
+            sampled: The tokens.
+            one: int32 [1] on the device: 1.
+        """
+        for row, request, _, _ in self._rows:
+            if request.seen is not None and request.output_counts is not None:
+                request.output_counts.index_add_(0, sampled[row : row + 1], one)
+                request.seen.index_fill_(0, sampled[row : row + 1], True)
+        if self.logprobs is not None and self._raw is not None:
+            self.logprobs.compute(self._raw, sampled[self._wanted_rows])
+
+
+def _adjust(logits: Tensor, request: RequestSampling, position: int) -> None:
+    """Apply bias, penalties and the minimum length to one row of logits, in place."""
+    params = request.params
+    if request.seen is not None and request.output_counts is not None:
+        if params.repetition_penalty != 1.0:
+            factor = params.repetition_penalty
+            penalized = torch.where(logits > 0, logits / factor, logits * factor)
+            logits.copy_(torch.where(request.seen, penalized, logits))
+        logits.sub_(request.output_counts * params.frequency_penalty)
+        logits.sub_((request.output_counts > 0) * params.presence_penalty)
+    if request.bias is not None:
+        ids, values = request.bias
+        logits.index_add_(0, ids, values)
+    length = position - len(request.prompt_token_ids)
+    if request.stop_ids is not None and length < params.min_tokens:
+        logits[request.stop_ids] = -torch.inf
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nf_kernels.ops import AttentionBatch
@@ -45,18 +44,9 @@ class StagedBatch:
         start, end = self.row_range(rows)
         return end - start
 
-    def inputs(self, last_sampled: Tensor) -> dict[BatchInput, Tensor]:
-        """The arrays on the device by what operations call them, after the buffer's `upload`.
-
-        Args:
-            last_sampled: int64 [slots] on the device, the token that each slot sampled last.
-        """
-        inputs = {name: self.buffer.on_device(name.name) for name in _ARRAYS}
-        if self.has_unknown_tokens:
-            token_ids = inputs[BatchInput.TOKEN_IDS]
-            sampled = last_sampled[self.buffer.on_device("slot_of_row")]
-            inputs[BatchInput.TOKEN_IDS] = torch.where(token_ids < 0, sampled, token_ids)
-        return inputs
+    def inputs(self) -> dict[BatchInput, Tensor]:
+        """The arrays on the device by what operations call them, after the buffer's `upload`."""
+        return {name: self.buffer.on_device(name.name) for name in _ARRAYS}
 
     def attention(self, inputs: dict[BatchInput, Tensor]) -> list[AttentionBatch]:
         """Index arrays of the decodes and of the prefills, where there are any, and on the host."""

@@ -1,9 +1,7 @@
 """Arrays on their way to the device."""
 
 from collections.abc import Mapping
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,18 +11,10 @@ _ALIGNMENT = 64  # bytes; what the widest loads want
 
 
 class Guard(Protocol):
-    """Says when the memory of a buffer is not needed any more."""
+    """Says when the memory of a buffer is not needed any more. A moment of a stream is one."""
 
     def wait(self) -> None:
         """Wait until then."""
-
-
-class LaunchedWork(Protocol):
-    """What work that was launched knows about the memory it reads."""
-
-    @property
-    def uploaded(self) -> torch.cuda.Event | None:
-        """When the device has read it; None if that was before the work ended."""
 
 
 class StagingBuffer:
@@ -39,20 +29,24 @@ class StagingBuffer:
         self._host = self._allocate(0)
         self._on_device = self._host
         self._used = 0  # bytes
-        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._arrays: dict[str, tuple[int, np.ndarray]] = {}  # where each begins, and its place
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Write arrays, in place of those from before."""
-        self._places.clear()
+        starts = []
         end = 0
-        for name, array in arrays.items():
-            self._places[name] = end, _DTYPES[array.dtype], array.shape
+        for array in arrays.values():
+            starts.append(end)
             end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._used = end
         if end > len(self._host):
             self._host = self._allocate(end)
-        for name, array in arrays.items():
-            self.host(name).numpy()[...] = array
+        memory = self._host.numpy()
+        self._arrays.clear()
+        for (name, array), start in zip(arrays.items(), starts, strict=True):
+            place = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+            place[...] = array
+            self._arrays[name] = start, place
 
     def upload(self) -> None:
         """Send them to the device, in the order of its work."""
@@ -65,16 +59,15 @@ class StagingBuffer:
 
     def host(self, name: str) -> Tensor:
         """An array in the memory of the host."""
-        return self._view(self._host, name)
+        return torch.from_numpy(self._arrays[name][1])
 
     def on_device(self, name: str) -> Tensor:
         """The same on the device, for work that follows `upload`."""
-        return self._view(self._on_device, name)
-
-    def _view(self, memory: Tensor, name: str) -> Tensor:
-        start, dtype, shape = self._places[name]
-        size = int(np.prod(shape)) * dtype.itemsize
-        return memory[start : start + size].view(dtype).view(shape)
+        if self._on_device is self._host:
+            return self.host(name)
+        start, array = self._arrays[name]
+        part = self._on_device[start : start + array.nbytes]
+        return part.view(_DTYPES[array.dtype]).view(array.shape)
 
     def _allocate(self, size: int) -> Tensor:
         """Room for `size` bytes and some more: the next iterations need a little more each."""
@@ -112,24 +105,3 @@ class StagingRing:
         """Keep the buffer acquired last for what `guard` guards; the next one's turn comes."""
         self._guards[self._next] = guard
         self._next = (self._next + 1) % len(self._buffers)
-
-
-class WorkGuard:
-    """Guards memory until work of a `DeviceQueue` is done and has let go of it.
-
-    Args:
-        work: What the queue gave. Its result, a `LaunchedWork`, says when the device has read the
-            memory, if that is later than the end of the work.
-    """
-
-    def __init__(self, work: Future[Any]) -> None:
-        self._work = work
-
-    def wait(self) -> None:
-        """Wait until then. What the work raised is for others to see."""
-        wait_for([self._work])
-        if self._work.exception() is None:
-            launched: LaunchedWork = self._work.result()
-            uploaded = launched.uploaded
-            if uploaded is not None:
-                uploaded.synchronize()

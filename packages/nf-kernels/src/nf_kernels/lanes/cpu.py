@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from nf_kernels.lanes.kept_arguments import KeptArguments
 from nf_kernels.lanes.lane import Event, Lane, grant
-from nf_kernels.native import native_module, native_status
+from nf_kernels.native import native_module, native_status, num_threads
 
 
 class _Current(threading.local):
@@ -57,15 +57,19 @@ def _native_event(event: Event) -> Any:
 
 
 class CpuLane:
-    """A `Lane` of a CPU: one native thread per core, without the GIL."""
+    """A `Lane` of a CPU: native threads, without the GIL."""
 
-    def __init__(self, cores: tuple[int, ...], *, share: float, exclusive: bool) -> None:
+    def __init__(
+        self, cores: tuple[int, ...], *, share: float, exclusive: bool, threads: int | None = None
+    ) -> None:
         """Start the threads.
 
         Args:
             cores: Numbers of the cores, as the operating system counts them.
             share: Their part of the cores that this process may use.
             exclusive: Whether no other lane has any of them.
+            threads: How many threads, which the operating system moves between the cores; None pins
+                one to each core.
 
         Raises:
             RuntimeError: A core cannot be had.
@@ -77,7 +81,9 @@ class CpuLane:
         self.share = share
         self.exclusive = exclusive
         self._set_current = module.set_current_lane
-        self._native: Any = module.Lane(list(cores))
+        self._native: Any = (
+            module.Lane(list(cores)) if threads is None else module.Lane.of_threads(threads)
+        )
         self._kept = KeptArguments()
 
     def __enter__(self) -> Self:
@@ -113,6 +119,21 @@ class CpuLane:
         finally:
             self._kept.clear()
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Queue a call of a Python function, on a thread of the lane, in its turn.
+
+        While it runs it holds the GIL, and what it raises is the lane's error.
+        """
+        self._open().call(function)
+
+    def raise_error(self) -> None:
+        """Raise the lane's error as `synchronize` would, if there is one by now; wait for nothing.
+
+        Raises:
+            ValueError: As `synchronize`, or a function that was called has raised.
+        """
+        self._open().raise_error()
+
     def close(self) -> None:
         """As `Lane.close`; may be called twice, but not inside of `with`.
 
@@ -134,11 +155,17 @@ class CpuLane:
         return self._native
 
 
+def undivided_cpu() -> CpuLane:
+    """One lane with the threads that operations run on outside of lanes (`num_threads`).
+
+    They go wherever the operating system puts them, beside other threads of the process.
+    """
+    return CpuLane(tuple(_cores()), share=1.0, exclusive=True, threads=num_threads())
+
+
 def partition_cpu(shares: list[float], *, exclusive: bool) -> list[Lane]:
     """Lanes on the cores that this process may use."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    if cores is None:
-        cores = list(range(os.cpu_count() or 1))
+    cores = _cores()
     granted = grant(cores, shares)
     if not exclusive:
         granted = [tuple(cores)] * len(shares)
@@ -151,3 +178,10 @@ def partition_cpu(shares: list[float], *, exclusive: bool) -> list[Lane]:
         )
         for units in granted
     ]
+
+
+def _cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -19,6 +19,8 @@ OPERATION_NAMES = (
     "moe_route",
     "moe_experts",
     "sample",
+    "feed_sampled",
+    "keep_sampled",
 )
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nf_kernels.ops.sampling import sample
+from nf_kernels.ops.sampling import feed_sampled, keep_sampled, sample
 
 __all__ = [
     "decode_attention",
     "embedding",
+    "feed_sampled",
     "gather_rows",
+    "keep_sampled",
     "linear",
     "merge_attention",
     "moe_experts",

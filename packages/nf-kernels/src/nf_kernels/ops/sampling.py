@@ -48,6 +48,28 @@ def sample(
         out[rows] = draw(probabilities, top_k[rows], top_p[rows], min_p[rows], uniform[rows])
 
 
+def feed_sampled(*, token_ids: Tensor, slots: Tensor, last_sampled: Tensor) -> None:
+    """Write the token that its slot sampled last in place of every token that is not known.
+
+    Args:
+        token_ids: int64 [T]; those below 0 are not known, and are written.
+        slots: int64 [T], of the request of each row.
+        last_sampled: int64 [slots].
+    """
+    token_ids.copy_(torch.where(token_ids < 0, last_sampled[slots], token_ids))
+
+
+def keep_sampled(*, sampled: Tensor, slots: Tensor, last_sampled: Tensor) -> None:
+    """Write what some slots have sampled to where `feed_sampled` reads it.
+
+    Args:
+        sampled: int64 [S].
+        slots: int64 [S], each once.
+        last_sampled: int64 [slots].
+    """
+    last_sampled[slots] = sampled
+
+
 def _draw(
     probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> Tensor:

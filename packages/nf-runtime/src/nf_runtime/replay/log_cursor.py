@@ -13,7 +13,8 @@ _MEANINGS = {
     Tag.DISK_POLL: "the disk was asked what it has done",
     Tag.LAUNCH: "an iteration was launched",
     Tag.RESULT: "an iteration gave its tokens",
-    Tag.RAISED: "an iteration failed",
+    Tag.UNLAUNCHED: "an iteration could not be launched",
+    Tag.FAILED: "an iteration failed",
     Tag.OUTCOME: "the step was over",
 }
 

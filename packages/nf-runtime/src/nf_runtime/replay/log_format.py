@@ -71,8 +71,10 @@ class Tag(IntEnum):
     """A digest of a batch and its page tables."""
     RESULT = ord("Q")
     """The sampled ids."""
-    RAISED = ord("Z")
-    """The iteration failed."""
+    UNLAUNCHED = ord("Y")
+    """The iteration could not be launched."""
+    FAILED = ord("Z")
+    """The iteration failed, in place of a result."""
     OUTCOME = ord("O")
     """A digest of what a command gave."""
 

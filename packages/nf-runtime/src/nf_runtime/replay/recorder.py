@@ -93,6 +93,7 @@ class Recorder:
                 "max_model_len": max_model_len,
                 "num_pages": kv_cache.num_pages,
                 "host_pages": 0 if lower is None else lower.host_pages_total,
+                "restore_seconds": kv_cache.restore_seconds,
                 "has_disk": config.kv_ssd_dir is not None,
                 "tokens": self.with_tokens,
             }
@@ -134,7 +135,7 @@ class RecordedRunner:
         try:
             self._runner.launch(batch, page_tables, offload)
         except BaseException:
-            self._note_failure()
+            self._note_failure(Tag.UNLAUNCHED)
             raise
         self._in_flight.append(batch)
 
@@ -143,7 +144,7 @@ class RecordedRunner:
         try:
             output = self._runner.poll()
         except BaseException:
-            self._note_failure()
+            self._note_failure(Tag.FAILED)
             raise
         self._log.tag(Tag.RESULT)
         self._tokens.write_sampled(self._in_flight.popleft(), output.result.token_ids)
@@ -154,9 +155,9 @@ class RecordedRunner:
         self._runner.drain()
         self._in_flight.clear()
 
-    def _note_failure(self) -> None:
+    def _note_failure(self, tag: Tag) -> None:
         self.has_raised = True
-        self._log.tag(Tag.RAISED)
+        self._log.tag(tag)
 
 
 class RecordedLoop(IterationLoop):

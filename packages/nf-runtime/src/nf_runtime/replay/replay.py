@@ -183,6 +183,7 @@ class Replay:
             disk=disk,
             copier=NoCopies(self._cursor),
             watch=lambda event: ReplayedEvent(self._cursor),
+            restore_seconds=self.header["restore_seconds"],
             clock=self._cursor.clock,
         )
 

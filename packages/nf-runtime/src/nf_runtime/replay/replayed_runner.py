@@ -63,7 +63,7 @@ class ReplayedRunner:
             raise DivergenceError(
                 f"iteration {batch.iteration} has the requests and rows of the log, and other pages"
             )
-        if self._cursor.comes(Tag.RAISED):
+        if self._cursor.comes(Tag.UNLAUNCHED):
             raise IterationFailedError
         self.batch = batch
         self.num_launched += 1
@@ -75,7 +75,7 @@ class ReplayedRunner:
         Raises:
             IterationFailedError: It failed.
         """
-        if self._cursor.comes(Tag.RAISED):
+        if self._cursor.comes(Tag.FAILED):
             raise IterationFailedError
         log = self._cursor.expect(Tag.RESULT, "the tokens of an iteration")
         batch = self._in_flight.popleft()

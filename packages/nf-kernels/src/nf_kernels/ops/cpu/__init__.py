@@ -17,7 +17,12 @@ from nf_kernels.ops.cpu.attention import (
 from nf_kernels.ops.cpu.experts import moe_experts, moe_experts_scratch_bytes, moe_route
 from nf_kernels.ops.cpu.products import linear
 from nf_kernels.ops.cpu.row_operations import embedding, gather_rows, rms_norm, swiglu
-from nf_kernels.ops.cpu.sampling import sample, sample_scratch_bytes
+from nf_kernels.ops.cpu.sampling import (
+    feed_sampled,
+    keep_sampled,
+    sample,
+    sample_scratch_bytes,
+)
 from nf_kernels.ops.kept_by_lane import kept_by_lane
 
 __all__ = ["OPERATIONS", "moe_experts_scratch_bytes", "sample_scratch_bytes"]
@@ -38,6 +43,8 @@ OPERATIONS: Mapping[str, Callable[..., None]] = MappingProxyType(
             moe_route,
             moe_experts,
             sample,
+            feed_sampled,
+            keep_sampled,
         )
     }
 )

@@ -50,6 +50,34 @@ def sample(
     )
 
 
+def feed_sampled(*, token_ids: Tensor, slots: Tensor, last_sampled: Tensor) -> None:
+    """As `sampling.feed_sampled`."""
+    check("token_ids", token_ids, torch.int64, (None,))
+    check("slots", slots, torch.int64, token_ids.shape)
+    check("last_sampled", last_sampled, torch.int64, (None,))
+    kernels().feed_sampled(
+        token_ids.data_ptr(),
+        slots.data_ptr(),
+        last_sampled.data_ptr(),
+        len(token_ids),
+        len(last_sampled),
+    )
+
+
+def keep_sampled(*, sampled: Tensor, slots: Tensor, last_sampled: Tensor) -> None:
+    """As `sampling.keep_sampled`."""
+    check("sampled", sampled, torch.int64, (None,))
+    check("slots", slots, torch.int64, sampled.shape)
+    check("last_sampled", last_sampled, torch.int64, (None,))
+    kernels().keep_sampled(
+        sampled.data_ptr(),
+        slots.data_ptr(),
+        last_sampled.data_ptr(),
+        len(sampled),
+        len(last_sampled),
+    )
+
+
 def sample_scratch_bytes(*, vocab_size: int) -> int:
     """Bytes of scratch of `sample`: some for every thread."""
     return int(kernels().sample_scratch_bytes(vocab_size))

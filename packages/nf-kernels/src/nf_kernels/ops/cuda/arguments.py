@@ -313,3 +313,17 @@ class Arguments:
             self._check.tensor(name, values, dtype, (rows,))
         if rows and not vocab_size:
             raise ValueError("logits has rows of 0; expected at least one token to choose from")
+
+    @_on_one_device
+    def feed_sampled(self, *, token_ids: Tensor, slots: Tensor, last_sampled: Tensor) -> None:
+        """Of `sampling.feed_sampled`."""
+        self._check.tensor("token_ids", token_ids, torch.int64, (None,))
+        self._check.tensor("slots", slots, torch.int64, token_ids.shape)
+        self._check.tensor("last_sampled", last_sampled, torch.int64, (None,))
+
+    @_on_one_device
+    def keep_sampled(self, *, sampled: Tensor, slots: Tensor, last_sampled: Tensor) -> None:
+        """Of `sampling.keep_sampled`."""
+        self._check.tensor("sampled", sampled, torch.int64, (None,))
+        self._check.tensor("slots", slots, torch.int64, sampled.shape)
+        self._check.tensor("last_sampled", last_sampled, torch.int64, (None,))

@@ -35,6 +35,8 @@ INVARIANT = frozenset(
         "merge_attention",
         "swiglu",
         "moe_route",
+        "feed_sampled",
+        "keep_sampled",
     }
 )
 
@@ -99,6 +101,8 @@ class CudaOperations:
         self.merge_attention = _checked(check.merge_attention, reference.merge_attention)
         self.moe_route = _checked(check.moe_route, reference.moe_route)
         self.sample = _checked(check.sample, reference.sample)
+        self.feed_sampled = _checked(check.feed_sampled, reference.feed_sampled)
+        self.keep_sampled = _checked(check.keep_sampled, reference.keep_sampled)
 
     def functions(self) -> Mapping[str, Callable[..., None]]:
         """Every operation by its name, its tensors kept alive by the lane it is queued on."""
