@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,9 +103,9 @@ def prompt_logits(llm: LLM, prompt: list[int]) -> torch.Tensor:
     sampler = llm.engine.executor.sampler
     original = sampler.prompt_logprobs
 
-    def record(batch: object, logits: torch.Tensor) -> object:
-        chunks.append(logits.float().clone())
-        return original(batch, logits)
+    def record(plan: Any, logits: torch.Tensor, stream: Any) -> Any:
+        stream.call(lambda: chunks.append(logits.float().clone()))
+        return original(plan, logits, stream)
 
     sampler.prompt_logprobs = record
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
