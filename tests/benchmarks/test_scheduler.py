@@ -14,16 +14,20 @@ import pytest
 import torch
 
 from nf_kvcache import KVCache, KVLayout
-from nf_runtime import LLM, SamplingParams
+from nf_runtime import LLM, EngineConfig, SamplingParams
+from nf_runtime.engine_types import EngineRequest
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.loop import IterationLoop
+from nf_runtime.replay import Replay
+from nf_runtime.replay.recorder import RecordedLoop, Recorder
+from nf_runtime.scheduling import make_scheduler
 from nf_scheduler import Batch, IterationResult, Request, Scheduler, SchedulerConfig
 from nf_scheduler.sim import Simulation, SimulationConfig, load_cost, read_trace
 
 PROMPT_TOKENS, STOPS = 512, frozenset({100_001, 100_002})
 
 
-def make_scheduler(running: int, queued: int) -> tuple[Scheduler, KVCache]:
+def busy_scheduler(running: int, queued: int) -> tuple[Scheduler, KVCache]:
     """`running` requests that decode beyond 512 tokens, and `queued` behind them."""
     layout = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float32)
     cache = KVCache(layout, running * (PROMPT_TOKENS // 16 + 40))
@@ -93,7 +97,7 @@ def test_schedule_and_commit(benchmark: Any, running: int, queued: int, bar_ms: 
     Interleaved with the same work done by plain objects. The bar is for the mean over 200
     iterations, in the better half of nine rounds.
     """
-    scheduler, cache = make_scheduler(running, queued)
+    scheduler, cache = busy_scheduler(running, queued)
     plain = PlainScheduler(running)
     seconds: list[float] = []
     plain_seconds: list[float] = []
@@ -159,7 +163,7 @@ def test_the_device_does_not_wait_for_the_cpu(benchmark: Any) -> None:
     ratios: dict[int, list[float]] = {0: [], 1: []}
 
     def run(lag: int) -> None:
-        scheduler, cache = make_scheduler(256, 0)
+        scheduler, cache = busy_scheduler(256, 0)
         device = TimedDevice(0.010)
         loop = IterationLoop(scheduler, cache, device, lag=lag)
         began = time.perf_counter()
@@ -176,40 +180,108 @@ def test_the_device_does_not_wait_for_the_cpu(benchmark: Any) -> None:
     assert ahead < behind
 
 
-@pytest.mark.parametrize("requests", [4, 32])
+@pytest.mark.parametrize(
+    ("model", "requests"), [("demo", 1), ("demo", 8), ("demo", 32), ("300m", 4), ("300m", 32)]
+)
 def test_running_ahead_where_the_device_is_the_cpu(
-    benchmark: Any, llama_300m_dir: Path, requests: int
+    benchmark: Any, demo_model_dir: Path, llama_300m_dir: Path, model: str, requests: int
 ) -> None:
-    """Tokens/s of the asynchronous loop beside the synchronous one, interleaved."""
-    engines = {
-        asynchronous: LLM(
-            str(llama_300m_dir),
-            load_format="dummy",
-            kv_cache_tokens=16384,
+    """Iterations of the asynchronous loop beside those of the synchronous one, in turn.
+
+    Both engines decode all the time; a few iterations of one follow a few of the other, so that
+    what else the machine does comes to both. Each goes on ahead before its time is taken.
+    """
+    models = [
+        LLM(
+            str(demo_model_dir if model == "demo" else llama_300m_dir),
+            load_format="auto" if model == "demo" else "dummy",
+            kv_cache_tokens=32768,
             enable_prefix_caching=False,
             async_scheduling=asynchronous,
         )
         for asynchronous in (False, True)
-    }
-    prompts = [{"prompt_token_ids": [i + 1] * 64} for i in range(requests)]
-    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    ]
+    engines = {bool(number): llm.engine for number, llm in enumerate(models)}
+    params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+    for engine in engines.values():
+        for number in range(requests):
+            engine.add(EngineRequest(f"r{number}", [number + 1] * 16, params, seed=0))
+        while engine.stats.num_running < requests:
+            engine.step()
     seconds: dict[bool, list[float]] = {False: [], True: []}
+    steps, rounds = (6, 110) if model == "demo" else (5, 50)
 
     def both() -> None:
-        for asynchronous, llm in engines.items():
+        order = (False, True) if len(seconds[True]) % 2 else (True, False)
+        for asynchronous in order:
+            engine = engines[asynchronous]
+            engine.step()
+            engine.step()
             began = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            seconds[asynchronous].append(time.perf_counter() - began)
+            for _ in range(steps):
+                engine.step()
+            seconds[asynchronous].append((time.perf_counter() - began) / steps)
+            while engine.loop.num_in_flight:
+                engine.loop.settle()
 
-    benchmark.pedantic(both, rounds=5, warmup_rounds=1)
-    ratios = np.array(seconds[False][1:]) / np.array(seconds[True][1:])
+    benchmark.pedantic(both, rounds=rounds, warmup_rounds=1)
+    ratios = np.array(seconds[False]) / np.array(seconds[True])
     benchmark.extra_info |= {
+        "model": model,
         "requests": requests,
         "async_by_sync": float(np.median(ratios)),
-        "async_tokens_per_second": requests * 48 / float(np.median(seconds[True][1:])),
+        "quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
+        "async_ms_per_iteration": float(np.median(seconds[True])) * 1e3,
     }
-    assert engines[True].engine.stats.iterations_ahead > 40
+    assert engines[True].stats.iterations_ahead > rounds * steps
+    assert engines[False].stats.iterations_ahead == 0
     assert float(np.median(ratios)) >= 0.99
+
+
+@pytest.mark.parametrize("running", [32, 256])
+def test_a_replay_log(benchmark: Any, tmp_path: Path, running: int) -> None:
+    """CPU time that a log costs an iteration of decodes, and how long the log gets."""
+    engine = EngineConfig(
+        model="none",
+        max_num_batched_tokens=8192,
+        max_num_seqs=running,
+        replay_log_dir=str(tmp_path),
+    )
+    layout = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, dtype=torch.float32)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+
+    def run(recorded: bool) -> None:
+        cache = KVCache(layout, running * 80)
+        device = TimedDevice(0.0)
+        recorder = Recorder(engine) if recorded else None
+        clock = time.monotonic if recorder is None else recorder.clock
+        scheduler = make_scheduler(engine, cache, 4096, clock)
+        loop: IterationLoop
+        if recorder is None:
+            loop = IterationLoop(scheduler, cache, device, lag=1)
+        else:
+            recorder.begin(engine, cache, 4096)
+            loop = RecordedLoop(recorder, scheduler, cache, device, lag=1)
+        for number in range(running):
+            loop.add(Request(f"request-{number}.0", np.arange(30 + number % 16), 1000))
+        while scheduler.num_running < running:
+            loop.step()
+        began = time.process_time()
+        for _ in range(400):
+            loop.step()
+        seconds[recorded].append((time.process_time() - began) / 400)
+
+    benchmark.pedantic(lambda: (run(False), run(True)), rounds=5)
+    log = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    report = Replay(log).run()
+    assert report.divergence is None
+    plain, recorded = (float(np.median(seconds[kind])) * 1e6 for kind in (False, True))
+    benchmark.extra_info |= {
+        "running": running,
+        "us_per_iteration_more": recorded - plain,
+        "us_per_iteration_without": plain,
+        "bytes_per_iteration": log.stat().st_size / report.iterations,
+    }
 
 
 @pytest.mark.parametrize("cost", ["qwen3-30b-a3b-h200", "llama-3-8b-h200"])

@@ -33,14 +33,7 @@ def test_calibration(benchmark: object) -> None:
 
 @pytest.fixture(scope="module")
 def demo(demo_model_dir: Path) -> LLM:
-    # The synchronous loop: on a model this small the asynchronous one, which is the default, takes
-    # 1.1 to 1.7 times the CPU time, so this does not watch it; test_scheduler.py measures it.
-    return LLM(
-        str(demo_model_dir),
-        enable_prefix_caching=False,
-        kv_cache_tokens=65536,
-        async_scheduling=False,
-    )
+    return LLM(str(demo_model_dir), enable_prefix_caching=False, kv_cache_tokens=65536)
 
 
 @pytest.mark.parametrize("requests", [1, 32])
