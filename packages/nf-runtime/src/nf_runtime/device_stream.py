@@ -66,7 +66,7 @@ class _Now:
 
 
 class InlineStream:
-    """Work that is done when the call that gives it returns: plain torch on a CPU."""
+    """Work that is done, or has its place, when the call that gives it returns: plain torch."""
 
     def __enter__(self) -> Self:
         """As `DeviceStream`."""
@@ -81,7 +81,7 @@ class InlineStream:
         """As `DeviceStream`."""
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call it."""
+        """Call it now."""
         function()
 
     def record(self) -> Moment:
@@ -95,8 +95,8 @@ class InlineStream:
         """There is nothing to end."""
 
 
-class CudaStream:
-    """The current stream of a CUDA device.
+class CudaStream(InlineStream):
+    """The current stream of a CUDA device: to call what launches work is to keep its turn.
 
     Args:
         device: Which.
@@ -104,22 +104,6 @@ class CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-
-    def __enter__(self) -> Self:
-        """As `DeviceStream`; operations go to the current stream in any case."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """As `DeviceStream`."""
-
-    def call(self, function: Callable[[], object]) -> None:
-        """Call it: what it launches comes after what was launched before."""
-        function()
 
     def record(self) -> Moment:
         """An event of the stream."""
@@ -130,9 +114,6 @@ class CudaStream:
     def synchronize(self) -> None:
         """Wait for the stream."""
         torch.cuda.current_stream(self._device).synchronize()
-
-    def close(self) -> None:
-        """The stream is torch's."""
 
 
 class _CudaMoment:
