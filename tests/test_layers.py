@@ -39,6 +39,7 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_kvcache.tier",
         "nf_runtime",
         "nf_runtime.config",
+        "nf_runtime.dataflow",
         "nf_runtime.engine_types",
         "nf_runtime.fan_out",
         "nf_runtime.graph",

@@ -19,7 +19,8 @@ from nf_runtime.engine_types import EngineRequest
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.loop import IterationLoop
 from nf_runtime.replay import Replay
-from nf_runtime.replay.recorder import RecordedLoop, Recorder
+from nf_runtime.replay.recorded_loop import RecordedLoop
+from nf_runtime.replay.recorder import Recorder
 from nf_runtime.scheduling import make_scheduler
 from nf_scheduler import Batch, IterationResult, Request, Scheduler, SchedulerConfig
 from nf_scheduler.sim import Simulation, SimulationConfig, load_cost, read_trace

@@ -54,6 +54,7 @@ def test_help_is_quick() -> None:
         ["--help"],
         ["serve", "--help"],
         ["plan", "memory", "--help"],
+        ["plan", "graph", "--help"],
         ["simulate", "--help"],
         ["replay", "--help"],
         ["version"],
@@ -187,6 +188,36 @@ def test_plan_memory_is_what_the_engine_does() -> None:
 )
 def test_plan_memory_refuses_what_serve_refuses(options: list[str], expected: str) -> None:
     assert expected in only_error_line(nanoflow("plan", "memory", DEMO_MODEL, *options))
+
+
+def test_plan_graph_reads_the_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(DEMO_MODEL) / "config.json").read_bytes())
+    result = nanoflow("plan", "graph", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "LlamaForCausalLM, 6 layers"
+    assert "layers 0 to 5, each" in lines
+    assert "decode_attention memory decode query[256] attended[256] rope_append" in lines
+    joined = "output_proj compute all attended[256], hidden[256] hidden[256] decode_attention, "
+    assert joined + "prefill_attention, embedding, down_proj of the layer before" in lines
+    assert lines[-1] == "logits compute selected selected_normed[256] logits[4096] final_norm"
+
+
+def test_plan_graph_for_programs() -> None:
+    graph = json.loads(nanoflow("plan", "graph", DEMO_MODEL, "--format", "json").stdout)
+    assert len(graph["operations"]) == 1 + 6 * 10 + 3
+    flow = {"from": [0, "down_proj"], "to": [1, "input_norm"], "data": "hidden"}
+    assert flow in graph["flows"]
+    dot = nanoflow("plan", "graph", DEMO_MODEL, "--format", "dot").stdout
+    assert dot.startswith("digraph model {")
+    assert dot.rstrip().endswith("}")
+    assert 'n1_down_proj -> n2_input_norm [label="hidden"];' in dot
+    assert dot.count(" -> ") == len(graph["flows"])
+    assert dot.count("[label=") == len(graph["operations"]) + len(graph["flows"])
+
+
+def test_plan_graph_of_what_is_no_model(tmp_path: Path) -> None:
+    assert str(tmp_path) in only_error_line(nanoflow("plan", "graph", str(tmp_path)))
 
 
 def test_version() -> None:

@@ -16,7 +16,8 @@ from nf_kvcache.disk import DiskTier
 from nf_kvcache.fingerprint import Fingerprint
 from nf_runtime import EngineConfig
 from nf_runtime.iteration_output import IterationOutput
-from nf_runtime.replay.recorder import RecordedLoop, Recorder
+from nf_runtime.replay.recorded_loop import RecordedLoop
+from nf_runtime.replay.recorder import Recorder
 from nf_runtime.scheduling import make_scheduler
 from nf_scheduler import Batch, IterationResult, Progress, QueueFull, Request
 

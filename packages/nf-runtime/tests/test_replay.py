@@ -21,7 +21,9 @@ from nf_runtime import LLM, ModelLoadError, NanoFlowError, SamplingParams
 from nf_runtime.engine_types import EngineStats
 from nf_runtime.loop import IterationLoop
 from nf_runtime.replay import LogEnd, Replay, ReplayReport
-from nf_runtime.replay.log_format import LogReader, LogWriter, Tag
+from nf_runtime.replay.log_format import Tag
+from nf_runtime.replay.log_reader import LogReader
+from nf_runtime.replay.log_writer import LogWriter
 from nf_scheduler import Scheduler
 
 MakeCheckpoint = Callable[..., Path]

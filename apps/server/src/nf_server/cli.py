@@ -431,6 +431,30 @@ def memory(
     raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
 
 
+class GraphFormat(StrEnum):
+    """Values of --format of `plan graph`."""
+
+    TEXT = "text"
+    DOT = "dot"
+    JSON = "json"
+
+
+@plan.command(name="graph")
+def plan_graph(
+    model: Model,
+    form: Annotated[
+        GraphFormat, typer.Option("--format", help="A table, a graph for Graphviz, or JSON.")
+    ] = GraphFormat.TEXT,
+) -> None:
+    """Print what MODEL computes, operation by operation, and what each waits for.
+
+    Needs no more than the model's config.json. Exit code: 0, or 1 after an error.
+    """
+    from nf_server.commands import plan_graph as command
+
+    raise typer.Exit(command.graph(model, form.value))
+
+
 @app.command()
 def simulate(
     trace: Annotated[

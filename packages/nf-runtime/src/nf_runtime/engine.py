@@ -22,7 +22,8 @@ from nf_runtime.loop import IterationLoop, LoopStats
 from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
-from nf_runtime.replay.recorder import RecordedLoop, Recorder
+from nf_runtime.replay.recorded_loop import RecordedLoop
+from nf_runtime.replay.recorder import Recorder
 from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams

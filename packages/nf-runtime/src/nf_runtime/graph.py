@@ -18,6 +18,11 @@ class Rows(StrEnum):
     PREFILL = "prefill"
     SELECTED = "selected"  # rows whose logits are wanted
 
+    @property
+    def parts(self) -> tuple["Rows", ...]:
+        """The ranges without a row in common that it consists of."""
+        return (self,) if self in (Rows.DECODE, Rows.PREFILL) else (Rows.DECODE, Rows.PREFILL)
+
 
 class ElementType(StrEnum):
     """Element type of an edge; `model` is the dtype the model runs in."""
@@ -66,6 +71,7 @@ class Operation:
         writes: Edges it writes; an edge may be in both.
         weights: Weights of the layer (or of the model, outside the layers).
         inputs: Parts of the batch.
+        updates: Those of `inputs` that it writes to.
         constants: Plain numbers.
         rows: The token range it works on.
         reads_all_rows: Edges of `reads` that are passed whole, whatever `rows` is.
@@ -77,6 +83,7 @@ class Operation:
     writes: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, BatchInput] = field(default_factory=dict)
+    updates: frozenset[BatchInput] = frozenset()
     constants: Mapping[str, float | int | bool] = field(default_factory=dict)
     rows: Rows = Rows.ALL
     reads_all_rows: frozenset[str] = frozenset()

@@ -109,6 +109,7 @@ def _attention(config: ModelConfig, window: int) -> tuple[Operation, ...]:
                 "cos_sin": BatchInput.COS_SIN,
                 **caches,
             },
+            updates=frozenset(caches.values()),
             constants={"eps": config.rms_norm_eps},
             writes={"out": "query"},
         ),

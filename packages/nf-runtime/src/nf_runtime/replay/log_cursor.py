@@ -1,6 +1,7 @@
 """Where a replay is in its log."""
 
-from nf_runtime.replay.log_format import COMMANDS, LogEnd, LogReader, Tag
+from nf_runtime.replay.log_format import COMMANDS, LogEnd, Tag
+from nf_runtime.replay.log_reader import LogReader
 
 _MEANINGS = {
     Tag.REFUSED: "a request was refused",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nf_kvcache.disk import DiskEvents, DiskStats, StoredPage
-from nf_runtime.replay.log_format import LogWriter, Tag
+from nf_runtime.replay.log_format import Tag
+from nf_runtime.replay.log_writer import LogWriter
 from nf_runtime.replay.token_names import NO_PAGES, TokenNames, name_of
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from nf_kvcache.kv_cache import salt_digest
-from nf_runtime.replay.log_format import LogWriter
+from nf_runtime.replay.log_writer import LogWriter
 from nf_runtime.replay.token_names import NO_PAGES, STOP_TOKEN, TokenNames, name_of
 from nf_scheduler import Batch, Request
 

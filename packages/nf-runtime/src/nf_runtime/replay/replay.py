@@ -14,7 +14,8 @@ from nf_runtime.errors import NanoFlowError
 from nf_runtime.loop import IterationLoop
 from nf_runtime.replay.digests import progress_digest
 from nf_runtime.replay.log_cursor import DivergenceError, LogCursor, LogEndedError
-from nf_runtime.replay.log_format import LogEnd, LogReader, Tag
+from nf_runtime.replay.log_format import LogEnd, Tag
+from nf_runtime.replay.log_reader import LogReader
 from nf_runtime.replay.replayed_io import NoCopies, ReplayedDisk, ReplayedEvent
 from nf_runtime.replay.replayed_runner import IterationFailedError, ReplayedRunner
 from nf_runtime.replay.token_names import STOP_TOKEN, named_tokens
