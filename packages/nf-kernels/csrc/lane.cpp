@@ -27,7 +27,8 @@ int64_t at_least_one(int64_t threads) {
 
 }  // namespace
 
-void Event::set() {
+void Event::set(bool failed) {
+  failed_ = failed;
   time_.store(now(), std::memory_order_release);
   time_.notify_all();
 }
@@ -77,7 +78,7 @@ void Lane::submit_alone(std::function<void()> command) { push({std::move(command
 
 std::shared_ptr<Event> Lane::record() {
   auto event = std::make_shared<Event>();
-  push({[event] { event->set(); }, true});
+  push({[this, event] { event->set(!error().empty()); }, true});
   return event;
 }
 
@@ -88,16 +89,12 @@ void Lane::wait(std::shared_ptr<Event> event) {
 void Lane::synchronize() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] { return queue_.empty() && !busy_; });
-  throw_error();
-}
-
-void Lane::raise_error() {
-  const std::lock_guard lock(mutex_);
-  throw_error();
-}
-
-void Lane::throw_error() {
   if (!error_.empty()) throw std::invalid_argument(std::exchange(error_, {}));
+}
+
+std::string Lane::error() {
+  const std::lock_guard lock(mutex_);
+  return error_;
 }
 
 void Lane::lead() {

@@ -23,9 +23,12 @@ class Event {
   void wait() const;
   // Nanoseconds of the steady clock at which the lane came to the event; 0 before.
   int64_t time() const { return time_.load(std::memory_order_acquire); }
-  void set();
+  // Whether something had failed on the lane before it came to the event; to be asked when it is done.
+  bool failed() const { return failed_; }
+  void set(bool failed);
 
  private:
+  bool failed_ = false;  // written before the time
   std::atomic<int64_t> time_{0};
 };
 
@@ -50,8 +53,8 @@ class Lane {
   void wait(std::shared_ptr<Event> event);
   // Blocks until the lane is idle; throws std::invalid_argument with its error, if there is one.
   void synchronize();
-  // Throws the lane's error, if there is one by now.
-  void raise_error();
+  // The lane's error, if there is one by now, which stays: commands are dropped until `synchronize` has told of it.
+  std::string error();
 
   const std::vector<int>& cores() const { return cores_; }
 
@@ -63,7 +66,6 @@ class Lane {
   void push(Queued queued);
   void lead();
   void finish();
-  void throw_error();  // with the mutex held
 
   std::vector<int> cores_;
   Pool helpers_;

@@ -478,6 +478,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<nf::Event, std::shared_ptr<nf::Event>>(m, "Event")
       .def("done", &nf::Event::done)
       .def("wait", &nf::Event::wait, release())
+      .def("failed", &nf::Event::failed)
       .def("time", &nf::Event::time);
   py::class_<nf::Lane, std::shared_ptr<nf::Lane>>(m, "Lane")
       .def(py::init(&make_lane<std::vector<int>>), py::arg("cores"))
@@ -485,7 +486,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("record", &nf::Lane::record)
       .def("wait", &nf::Lane::wait)
       .def("synchronize", &nf::Lane::synchronize, release())
-      .def("raise_error", &nf::Lane::raise_error)
+      .def("error", &nf::Lane::error)
       .def("call", &call_on_lane)
       .def_property_readonly("cores", &nf::Lane::cores);
   m.def("set_current_lane", [](nf::Lane* lane) { nf::current_lane() = lane; }, py::arg("lane").none(true));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -342,12 +343,52 @@ def test_what_python_raises_is_the_error_of_the_lane(undivided):
     undivided.call(lambda: seen.append(1))
     event = undivided.record()
     event.wait()
+    assert event.failed
+    assert "ZeroDivisionError" in undivided.error
     with pytest.raises(ValueError, match="ZeroDivisionError"):
-        undivided.raise_error()
-    undivided.raise_error()  # it was told
+        undivided.synchronize()
+    assert undivided.error == ""  # it was told
     undivided.call(lambda: seen.append(2))
     undivided.synchronize()
     assert seen == [2]
+
+
+def test_nothing_runs_behind_an_error_until_it_was_told(undivided):
+    """Not in the middle of what is queued either, when somebody has asked for the error."""
+    native = ops.load("cpu")
+    slots, kept = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    seen = []
+    for _ in range(20):
+        before = undivided.record()
+        undivided.call(lambda: 1 // 0)
+        event = undivided.record()
+        with undivided:
+            for _ in range(50):
+                native["keep_sampled"](
+                    sampled=torch.ones(1, dtype=torch.int64), slots=slots, last_sampled=kept
+                )
+                undivided.call(lambda: seen.append(1))
+        event.wait()
+        assert event.failed
+        assert not before.failed
+        assert undivided.error
+        with pytest.raises(ValueError, match="ZeroDivisionError"):
+            undivided.synchronize()
+    assert not seen
+    assert kept.tolist() == [0]
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)"])
+def test_a_process_may_end_while_python_is_queued(end):
+    code = (
+        "import time\n"
+        "from nf_kernels import lanes\n"
+        "lane = lanes.undivided_cpu()\n"
+        "for _ in range(50):\n"
+        "    lane.call(lambda: time.sleep(0.005))\n" + end
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == (3 if end else 0), result.stderr
 
 
 def test_a_lane_that_ends_still_calls_what_it_was_given():

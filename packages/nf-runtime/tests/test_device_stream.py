@@ -69,8 +69,10 @@ def test_what_fails_is_raised_where_it_is_waited_for(stream: DeviceStream) -> No
 
     with pytest.raises(KeyError, match="no"):  # noqa: PT012  where, depends on the stream
         stream.call(fail)
-        stream.call(lambda: later.append(1))
-        stream.record().wait()
+        moment = stream.record()
+        for _ in range(200):
+            stream.call(lambda: later.append(1))
+        moment.wait()
     stream.synchronize()
     assert not later  # what comes behind does not run on what is broken
     stream.call(lambda: later.append(2))
@@ -88,9 +90,23 @@ def test_an_operation_that_fails_on_a_lane() -> None:
             last_sampled=torch.zeros(3, dtype=torch.int64),
         )
     moment = stream.record()
-    with pytest.raises(ValueError, match=r"slots\[0\] is 7; expected 0 to 2"):
-        moment.wait()
-    moment.wait()  # it was told
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"slots\[0\] is 7; expected 0 to 2"):
+            moment.wait()
+    stream.synchronize()
+    stream.record().wait()  # it goes on
+    stream.close()
+
+
+@needs_native
+def test_what_fails_later_does_not_fail_what_was_before() -> None:
+    stream = make_stream(torch.device("cpu"), CPU)
+    good = stream.record()
+    stream.call(lambda: 1 // 0)
+    bad = stream.record()
+    with pytest.raises(ZeroDivisionError):
+        bad.wait()
+    good.wait()
     stream.close()
 
 

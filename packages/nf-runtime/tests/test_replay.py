@@ -1,5 +1,6 @@
 """A replay log repeats every decision of an engine, and tells where a replay differs."""
 
+import io
 import json
 import re
 import shutil
@@ -234,9 +235,9 @@ def test_anything_is_repeated(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Random requests, aborts and failures, over copies that are late or fail and a real disk."""
     SEEN.clear()
     check_anything_is_repeated(tmp_path_factory)
-    for event in ("stop", "length", "abort", "timeout", "preempted", "refused", "failed"):
-        assert SEEN[event], SEEN
-    for event in ("hit in device", "hit in host", "hit in disk", "restore cut"):
+    # Hits below the device, restores that are cut and missed deadlines come as copies and clock
+    # like; `test_an_engine_is_repeated` has such hits for certain.
+    for event in ("stop", "length", "abort", "preempted", "refused", "failed", "hit in device"):
         assert SEEN[event], SEEN
 
 
@@ -247,11 +248,12 @@ def test_anything_is_repeated(tmp_path_factory: pytest.TempPathFactory) -> None:
 def log(tmp_path: Path) -> Path:
     """Of an engine that was short of pages."""
     limits = {"max_num_seqs": 5, "max_num_batched_tokens": 12, "admission": "greedy"}
-    toy = RecordedToy(tmp_path, 0, num_pages=26, tiers="host", **limits)
+    toy = RecordedToy(tmp_path, 0, num_pages=26, tiers="host", max_num_queued_reqs=9, **limits)
     names: list[str] = []
     for number in range(24):
         add(toy, names, 28 + 30 * number)
         toy.step()
+    assert toy.refused
     toy.loop.abort(names[-1])
     toy.finish()
     assert toy.scheduler.num_preemptions > 0
@@ -391,10 +393,40 @@ def test_a_disk_that_is_full_ends_the_log_alone(
 ) -> None:
     llm = record()
     writer = llm.engine._recorder.log  # type: ignore[union-attr]
+    assert writer._file is not None
     writer._file.close()
-    writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    writer._file = io.FileIO("/dev/full", "wb")
     assert all(len(tokens) == 24 for tokens in conversation(llm, turns=1))
     assert "cannot be written, and ends here: No space left on device" in caplog.text
+
+
+def test_what_is_written_in_part_ends_the_log(
+    record: Callable[..., LLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a disk that gets full: nothing is appended to half of an entry."""
+
+    class NearlyFull(io.FileIO):
+        left = 1500
+
+        def write(self, data: Any) -> int:
+            part = bytes(data)[: self.left]
+            self.left -= len(part)
+            return super().write(part)
+
+    monkeypatch.setattr(io, "FileIO", NearlyFull)
+    llm = record()
+    monkeypatch.undo()
+    conversation(llm, turns=1)
+    llm.shutdown()
+    assert "cannot be written, and ends here: there is no room" in caplog.text
+    (path,) = logs(tmp_path)
+    assert path.stat().st_size == 1500
+    report = Replay(path).run()
+    assert (report.divergence, report.end) == (None, LogEnd.CUT)
+    assert report.iterations > 0
 
 
 def test_an_interrupt_in_the_middle_of_a_step_ends_the_log(
@@ -448,9 +480,11 @@ def test_a_log_does_not_hold_what_was_said(tmp_path: Path) -> None:
         directory = tmp_path / str(tokens)
         toy = RecordedToy(directory, 0, num_pages=26, tiers="none", replay_log_tokens=tokens)
         prompt = [70001, 70002, 70003, 70004, 70005, 70006, 70007]
-        toy.add("x", prompt, 8, cache_salt="my secret", tenant="my tenant")
+        toy.add("x", prompt, 8, cache_salt="my secret", tenant="my tenant", request_class="gout")
         toy.finish()
         data = toy.log.read_bytes()
+        assert toy.log.stat().st_mode & 0o777 == 0o600
+        assert b"gout" not in data  # what is no class of the engine could be anything
         token_bytes = [np.array(prompt, dtype="<i4").tobytes()]
         token_bytes += [np.array(prompt[i : i + 1], dtype="<i4").tobytes() for i in range(7)]
         found[tokens] = [text in data for text in (*token_bytes, b"my secret", b"my tenant")]
@@ -481,6 +515,7 @@ def test_logs_of_two_processes_have_nothing_in_common(tmp_path: Path) -> None:
         (b"# a README\n" * 9, "is no replay log"),
         (b"NFRL\x63\x02\x00\x00\x00{}", "of version 99, and this is NanoFlow for version 1"),
         (b"NFRL\x01\x02\x00\x00\x00{]", "is damaged: its header is no JSON"),
+        (b"NFRL\x01\x02\x00\x00\x00{}", "is damaged: its header lacks 'tokens'"),
     ],
 )
 def test_what_is_no_log(tmp_path: Path, data: bytes | None, message: str) -> None:

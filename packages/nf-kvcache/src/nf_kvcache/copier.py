@@ -156,7 +156,9 @@ def _finish(task: Callable[[], None], event: TaskEvent) -> None:
 class CpuCopier:
     """Copies in the memory of the host, on a thread.
 
-    The computation runs on the calling thread, so what was ordered before is done before.
+    The computation may run on another thread than the one that asks for copies, and is not ordered
+    against them by that: a page that is copied down is complete, because only committed tokens are
+    asked for, and is not written to before the copy is done, because whoever writes `hold`s.
 
     Args:
         inline_bytes: a download of no more bytes is done by the calling thread, at once: to wake
@@ -211,7 +213,7 @@ class CpuCopier:
             values[target].copy_(values[source])
 
     def hold(self, event: Event) -> None:
-        """Wait for an event here and now: the computation runs on this thread."""
+        """Wait for an event here and now, on the thread of the computation."""
         event.wait()
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ class Moment(Protocol):
         """Block until the device has got there.
 
         Raises:
-            Exception: What failed on the stream, if something has by then.
+            Exception: What failed on the stream before that. What comes behind is not done then,
+                until `synchronize`.
         """
 
 
@@ -171,32 +172,27 @@ class LaneStream:
         """Wait for the lane."""
         with contextlib.suppress(ValueError):
             self._lane.synchronize()
-        self._error = None
+        self._error = None  # until here, everything behind what has failed was dropped
 
     def close(self) -> None:
         """End the threads."""
         self._lane.close()
 
-    def raise_error(self) -> None:
-        """Raise what has failed, if something has."""
-        try:
-            self._lane.raise_error()
-        except ValueError:
-            error, self._error = self._error, None
-            if error is not None:
-                raise error from None
-            raise
+    def failure(self) -> BaseException:
+        """What has failed."""
+        return self._error or ValueError(self._lane.error)
 
 
 class _LaneMoment:
-    def __init__(self, stream: LaneStream, event: lanes.Event) -> None:
+    def __init__(self, stream: LaneStream, event: lanes.CpuEvent) -> None:
         self._stream = stream
         self._event = event
 
     def wait(self) -> None:
-        """Block until the lane has got there."""
+        """Block until the lane has got there; raise what has failed before that, not behind it."""
         self._event.wait()
-        self._stream.raise_error()
+        if self._event.failed:
+            raise self._stream.failure()
 
 
 def make_stream(device: torch.device, operations: OperationSet) -> DeviceStream:

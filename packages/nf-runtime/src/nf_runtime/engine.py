@@ -86,7 +86,8 @@ class Engine:
         for advice in plan.advice:
             _log.warning("%s", advice)
         max_model_len, num_pages = plan.max_model_len, plan.num_pages
-        self._recorder = recorder = None if config.replay_log_dir is None else Recorder(config)
+        recorder = None if config.replay_log_dir is None else Recorder(config, clock=clock)
+        self._recorder = recorder
         self.kv_cache = make_kv_cache(
             config,
             model,

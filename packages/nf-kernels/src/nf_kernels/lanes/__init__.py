@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nf_kernels.lanes.cpu import CpuLane, partition_cpu, undivided_cpu
+from nf_kernels.lanes.cpu import CpuEvent, CpuLane, partition_cpu, undivided_cpu
 from nf_kernels.lanes.cuda import partition_cuda
 from nf_kernels.lanes.lane import Event, Lane
 
@@ -51,4 +51,4 @@ def partition(
     return partition_cpu(list(shares), exclusive=mechanism != "shared")
 
 
-__all__ = ["CpuLane", "Event", "Lane", "partition", "undivided_cpu"]
+__all__ = ["CpuEvent", "CpuLane", "Event", "Lane", "partition", "undivided_cpu"]

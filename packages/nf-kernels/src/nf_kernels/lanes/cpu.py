@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +43,11 @@ class CpuEvent:
     def wait(self) -> None:
         """As `Event.wait`."""
         self.native.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether something had failed on the lane before it came to this, which is done."""
+        return bool(self.native.failed())
 
     def seconds_since(self, earlier: Event) -> float:
         """As `Event.seconds_since`."""
@@ -85,6 +92,8 @@ class CpuLane:
             module.Lane(list(cores)) if threads is None else module.Lane.of_threads(threads)
         )
         self._kept = KeptArguments()
+        # What is queued may call Python, which a process that ends has no more.
+        self._at_exit = weakref.finalize(self, _finish, self._native)
 
     def __enter__(self) -> Self:
         """As `Lane`."""
@@ -126,13 +135,10 @@ class CpuLane:
         """
         self._open().call(function)
 
-    def raise_error(self) -> None:
-        """Raise the lane's error as `synchronize` would, if there is one by now; wait for nothing.
-
-        Raises:
-            ValueError: As `synchronize`, or a function that was called has raised.
-        """
-        self._open().raise_error()
+    @property
+    def error(self) -> str:
+        """What has failed, if something has by now; until `synchronize` nothing else is run."""
+        return str(self._open().error())
 
     def close(self) -> None:
         """As `Lane.close`; may be called twice, but not inside of `with`.
@@ -142,6 +148,7 @@ class CpuLane:
         """
         if self in _current.lanes:
             raise RuntimeError("the lane is closed inside of its own `with`; close it after")
+        self._at_exit.detach()
         self._native = None  # its end waits for what is queued
         self._kept.clear()
 
@@ -153,6 +160,12 @@ class CpuLane:
         if self._native is None:
             raise RuntimeError("the lane is closed; make a new one with lanes.partition")
         return self._native
+
+
+def _finish(native: Any) -> None:
+    """Wait for what a lane has queued."""
+    with contextlib.suppress(ValueError):
+        native.synchronize()
 
 
 def undivided_cpu() -> CpuLane:

@@ -1,8 +1,10 @@
 """Writes a replay log."""
 
 import contextlib
+import io
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ class LogWriter:
     after that is dropped: the engine goes on without it.
 
     Args:
-        path: To create.
+        path: To create, in `begin`.
         max_bytes: Bound of the file.
 
     Attributes:
@@ -36,14 +38,24 @@ class LogWriter:
         self._path = path
         self._left = max_bytes - _LAST_BYTES
         self._buffer = bytearray()
-        self._has_header = False
-        self._file = path.open("xb", buffering=0)
+        self._file: io.FileIO | None = None
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Write the header. Entries that were appended before follow it."""
+        """Create the file, for nobody else to read, and write the header.
+
+        Entries that were appended before follow it.
+
+        Raises:
+            OSError: It cannot be created.
+        """
+        entries = self._buffer
         data = json.dumps(header).encode()
-        self._buffer[:0] = HEADER.pack(MAGIC, VERSION, len(data)) + data
-        self._has_header = True
+        self._buffer = bytearray(HEADER.pack(MAGIC, VERSION, len(data)) + data)
+        self._file = io.FileIO(
+            os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb"
+        )
+        self.flush()
+        self._buffer = entries
         self.flush()
 
     def tag(self, tag: Tag) -> None:
@@ -89,7 +101,7 @@ class LogWriter:
 
     def flush(self) -> None:
         """Hand what was appended to the system; to be called between two commands."""
-        if not self._has_header:
+        if self._file is None:
             return
         if self.is_open and len(self._buffer) > self._left:
             _log.warning("%s is full; what comes from here on is not in it", self._path)
@@ -110,13 +122,19 @@ class LogWriter:
         self._stop()
 
     def _write(self) -> None:
+        if self._file is None:
+            return
+        reason = "there is no room"
         try:
-            self._file.write(self._buffer)
+            if self._file.write(self._buffer) == len(self._buffer):
+                return
         except OSError as error:
-            _log.warning("%s cannot be written, and ends here: %s", self._path, error.strerror)
-            self._stop()
+            reason = str(error.strerror)
+        _log.warning("%s cannot be written, and ends here: %s", self._path, reason)
+        self._stop()
 
     def _stop(self) -> None:
         self.is_open = False
-        with contextlib.suppress(OSError):
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()

@@ -36,6 +36,7 @@ class RecordedLoop(IterationLoop):
         self._recorded = RecordedRunner(runner, recorder)
         self._log = recorder.log
         self._tokens = recorder.tokens
+        self._classes = recorder.classes
         super().__init__(scheduler, pages, self._recorded, lag=lag)
 
     def add(self, request: Request) -> None:
@@ -44,8 +45,8 @@ class RecordedLoop(IterationLoop):
         self._write_request(request)
         try:
             super().add(request)
+            self._tokens.took()
         except (ValueError, QueueFull):
-            self._tokens.forget(request.request_id)
             self._log.tag(Tag.REFUSED)
             raise
         finally:
@@ -114,6 +115,7 @@ class RecordedLoop(IterationLoop):
         self._tokens.write_prompt(request)
         log.numbers([request.max_tokens, request.min_tokens, request.reuse_prefix])
         log.signed(request.priority)
-        log.text(request.request_class)
+        # Classes without a level of their own are all alike.
+        log.text(request.request_class if request.request_class in self._classes else "")
         log.text(fork_of or "")
         log.seconds(math.inf if request.deadline is None else request.deadline)

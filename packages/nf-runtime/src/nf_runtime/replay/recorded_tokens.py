@@ -13,12 +13,11 @@ class _LiveRequest:
 
     __slots__ = ("digest", "num_outputs", "open_page", "request", "stops_from")
 
-    def __init__(self, request: Request, names: TokenNames) -> None:
+    def __init__(self, request: Request, digests: list[bytes], page_size: int) -> None:
         self.request = request
-        prompt = request.prompt_token_ids
-        digests = names.digests(prompt)
         self.digest = digests[-1] if digests else NO_PAGES
-        self.open_page: list[int] = prompt[len(digests) * names.page_size :].tolist()
+        rest = request.prompt_token_ids[len(digests) * page_size :]
+        self.open_page: list[int] = rest.tolist()
         self.num_outputs = 0
         self.stops_from = min(request.min_tokens, request.max_tokens + 1)
 
@@ -35,6 +34,7 @@ class RecordedTokens:
         self._log = log
         self._names = names
         self._live: dict[str, _LiveRequest] = {}
+        self._written: _LiveRequest | None = None  # the last one, which may yet be refused
 
     def can_fork(self, request: Request) -> bool:
         """Whether a request may begin with the pages of the one that it names."""
@@ -50,9 +50,10 @@ class RecordedTokens:
             log.text(request.cache_salt)
             log.text(request.tenant)
             return
-        self._live[request.request_id] = _LiveRequest(request, names)
+        digests = names.digests(request.prompt_token_ids)
+        self._written = _LiveRequest(request, digests, names.page_size)
         log.number(request.prompt_len)
-        for digest in names.digests(request.prompt_token_ids):
+        for digest in digests:
             log.word(name_of(digest))
         log.number(bool(request.stop_token_ids))
         log.text(names.alias(salt_digest(request.cache_salt)))
@@ -74,6 +75,11 @@ class RecordedTokens:
         for row, name in news:
             self._log.number(row)
             self._log.word(name)
+
+    def took(self) -> None:
+        """The request that was written last was taken."""
+        if self._written is not None:
+            self._live[self._written.request.request_id] = self._written
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

@@ -1,9 +1,11 @@
 """Writes down what an engine is told and asks, so that its decisions can be repeated."""
 
+import contextlib
 import itertools
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -38,26 +40,32 @@ class Recorder:
 
     Args:
         config: Where to write, how much, and whether with tokens.
+        clock: Seconds.
 
     Attributes:
         log: What is written to.
         tokens: Writes prompts and answers to it.
+        classes: Of requests that have a service level.
         with_tokens: Whether as they are; else by numbers that only tell which prefixes are alike.
 
     Raises:
         ModelLoadError: The directory cannot be written.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.with_tokens = config.replay_log_tokens
-        self.log = _open_log(str(config.replay_log_dir), config.replay_log_max_bytes)
+        self.log = _new_log(str(config.replay_log_dir), config.replay_log_max_bytes)
+        self.classes = frozenset(config.service_levels)
         self._names = None if self.with_tokens else TokenNames(config.page_size)
         self.tokens = RecordedTokens(self.log, self._names)
+        self._source = clock
         self._last_time = 0  # microseconds
 
     def clock(self) -> float:
         """Seconds, in whole microseconds."""
-        now = time.monotonic_ns() // 1000
+        now = int(self._source() * 1e6)
         self.log.tag(Tag.CLOCK)
         self.log.number(now - self._last_time)
         self._last_time = now
@@ -72,54 +80,69 @@ class Recorder:
         return RecordedDisk(disk, self.log, self._names)
 
     def begin(self, config: EngineConfig, kv_cache: KVCache, max_model_len: int) -> None:
-        """Write what the engine is. What was asked before that follows."""
+        """Begin the log with what the engine is. What was asked before that follows.
+
+        Raises:
+            ModelLoadError: It cannot be created.
+        """
         lower = kv_cache.stats().lower
-        self.log.begin(
-            {
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "version": metadata.version("nf-runtime"),
-                "model": config.model,
-                "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
-                "max_model_len": max_model_len,
-                "num_pages": kv_cache.num_pages,
-                "host_pages": 0 if lower is None else lower.host_pages_total,
-                "restore_seconds": kv_cache.restore_seconds,
-                "has_disk": config.kv_ssd_dir is not None,
-                "tokens": self.with_tokens,
-            }
-        )
+        with _as_load_error(str(config.replay_log_dir)):
+            self.log.begin(
+                {
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "version": metadata.version("nf-runtime"),
+                    "model": config.model,
+                    "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
+                    "max_model_len": max_model_len,
+                    "num_pages": kv_cache.num_pages,
+                    "host_pages": 0 if lower is None else lower.host_pages_total,
+                    "restore_seconds": kv_cache.restore_seconds,
+                    "has_disk": config.kv_ssd_dir is not None,
+                    "tokens": self.with_tokens,
+                }
+            )
 
     def close(self) -> None:
         """End the log."""
         self.log.close(LogEnd.CLOSED)
 
 
-def _open_log(directory: str, max_bytes: int) -> LogWriter:
-    """Begin a log in a directory, beside those of earlier engines.
+def _new_log(directory: str, max_bytes: int) -> LogWriter:
+    """A log in a directory, beside those of earlier engines.
 
     These keep up to half of the bound; the oldest are deleted. The new one gets the other half.
     """
     folder = Path(directory)
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     path = folder / f"{moment}-{os.getpid()}-{next(_number)}{SUFFIX}"
-    try:
+    with _as_load_error(directory):
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(folder, max_bytes // 2)
-        log = LogWriter(path, max_bytes // 2)
+    _log.info("replay log: %s", path)
+    return LogWriter(path, max_bytes // 2)
+
+
+@contextlib.contextmanager
+def _as_load_error(directory: str) -> Iterator[None]:
+    """Say which option to change when the directory cannot be used."""
+    try:
+        yield
     except OSError as error:
         raise ModelLoadError(
             f"replay_log_dir is {directory!r}, which cannot be used: {error.strerror}; name a "
             "directory that can be written"
         ) from error
-    _log.info("replay log: %s", path)
-    return log
 
 
 def _make_room(folder: Path, max_bytes: int) -> None:
     """Delete the oldest logs, until the others together are not above a bound."""
-    logs = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    logs = []
+    for path in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # another engine has deleted it
+            state = path.stat()
+            logs.append((state.st_mtime_ns, state.st_size, path))
     total = 0
-    for path in logs:
-        total += path.stat().st_size
+    for _, size, path in sorted(logs, reverse=True):
+        total += size
         if total > max_bytes:
             path.unlink(missing_ok=True)

@@ -92,8 +92,11 @@ class Replay:
         self._log = LogReader(Path(path))
         self.header = self._log.header
         self._cursor = LogCursor(self._log)
-        self._has_tokens = bool(self.header["tokens"])
-        config = EngineConfig(model=self.header["model"], **self.header["config"])
+        try:
+            self._has_tokens = bool(self.header["tokens"])
+            config = EngineConfig(model=self.header["model"], **self.header["config"])
+        except (KeyError, TypeError) as error:
+            raise NanoFlowError(f"{path} is damaged: its header lacks {error}") from error
         self._page_size = config.page_size
         try:
             self.kv_cache = self._make_cache(config)
@@ -195,10 +198,11 @@ class Replay:
             self._loop.add(request)
         except (ValueError, QueueFull) as error:
             self._num_refused += 1
-            if not self._cursor.comes(Tag.REFUSED):
+            if self._log.next_tag() not in (Tag.REFUSED, Tag.END, None):
                 raise DivergenceError(
                     f"request {request.request_id!r} is refused, which it was not: {error}"
                 ) from error
+            self._cursor.expect(Tag.REFUSED, "whether a request is refused")
         else:
             if self._cursor.comes(Tag.REFUSED):
                 raise DivergenceError(f"request {request.request_id!r} is taken, and was refused")
