@@ -50,7 +50,7 @@ $(STAMP): $(SETUP_INPUTS)
 
 .PHONY: test
 test: setup ## Run the whole test suite (ARGS= goes to pytest); under 20 minutes on two cores
-	$(PYTEST) -m 'not long and not gpu' --session-timeout=1440 $(ARGS)
+	$(PYTEST) -m 'not long and not gpu' --session-timeout=2700 $(ARGS)
 
 .PHONY: test-long
 test-long: setup ## Run the tests that take long: soak, many kill rounds, all kernel tiles

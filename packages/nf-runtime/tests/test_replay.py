@@ -145,7 +145,7 @@ ACTIONS = st.lists(
 SEEN: Counter[str] = Counter()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     actions=ACTIONS,
     tiers=st.sampled_from(["none", "host", "disk"]),
