@@ -91,5 +91,5 @@ def test_native_status_names_the_instruction_set(native):
     status = native_status()
     assert status.available
     assert not status.reason
-    assert status.isa in {"avx512_bf16", "avx512", "avx2", "generic"}
+    assert status.isa in {"amx", "avx512_bf16", "avx512", "avx2", "generic"}
     assert not {name for name in native if native[name] is ops.REFERENCE[name]}

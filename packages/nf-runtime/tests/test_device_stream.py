@@ -9,7 +9,7 @@ import torch
 
 from nf_kernels import native_status
 from nf_kernels.ops import CPU, REFERENCE
-from nf_runtime.device_stream import DeviceStream, InlineStream, LaneStream, make_stream
+from nf_runtime.device_stream import DeviceStream, InlineStream, LaneStream, Moment, make_stream
 
 needs_native = pytest.mark.skipif(
     not native_status().available, reason="a lane needs the native kernels"
@@ -22,6 +22,11 @@ def stream(request: pytest.FixtureRequest) -> Iterator[DeviceStream]:
     stream = make_stream(torch.device("cpu"), operations)
     yield stream
     stream.close()
+
+
+def reach(moment: Moment) -> None:
+    moment.wait()
+    moment.check()
 
 
 @needs_native
@@ -72,7 +77,7 @@ def test_what_fails_is_raised_where_it_is_waited_for(stream: DeviceStream) -> No
         moment = stream.record()
         for _ in range(200):
             stream.call(lambda: later.append(1))
-        moment.wait()
+        reach(moment)
     stream.synchronize()
     assert not later  # what comes behind does not run on what is broken
     stream.call(lambda: later.append(2))
@@ -92,9 +97,9 @@ def test_an_operation_that_fails_on_a_lane() -> None:
     moment = stream.record()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"slots\[0\] is 7; expected 0 to 2"):
-            moment.wait()
+            reach(moment)
     stream.synchronize()
-    stream.record().wait()  # it goes on
+    reach(stream.record())  # it goes on
     stream.close()
 
 
@@ -105,8 +110,10 @@ def test_what_fails_later_does_not_fail_what_was_before() -> None:
     stream.call(lambda: 1 // 0)
     bad = stream.record()
     with pytest.raises(ZeroDivisionError):
-        bad.wait()
-    good.wait()
+        reach(bad)
+    reach(good)
+    stream.synchronize()
+    bad.wait()  # as those do who only want to know when it is over
     stream.close()
 
 

@@ -17,11 +17,13 @@ class Moment(Protocol):
     """A place in a stream's order."""
 
     def wait(self) -> None:
-        """Block until the device has got there.
+        """Block until the device has got there."""
+
+    def check(self) -> None:
+        """Raise what has failed before this; the device has got there.
 
         Raises:
-            Exception: What failed on the stream before that. What comes behind is not done then,
-                until `synchronize`.
+            Exception: What failed. What comes behind is not done then, until `synchronize`.
         """
 
 
@@ -64,6 +66,9 @@ class _Now:
 
     def wait(self) -> None:
         """There is nothing to wait for."""
+
+    def check(self) -> None:
+        """What fails is raised by the call that gives it."""
 
 
 class InlineStream:
@@ -124,6 +129,9 @@ class _CudaMoment:
     def wait(self) -> None:
         """Block until the stream has got there."""
         self._event.synchronize()
+
+    def check(self) -> None:
+        """CUDA raises what fails on a device when it is waited for."""
 
 
 class LaneStream:
@@ -189,8 +197,11 @@ class _LaneMoment:
         self._event = event
 
     def wait(self) -> None:
-        """Block until the lane has got there; raise what has failed before that, not behind it."""
+        """Block until the lane has got there."""
         self._event.wait()
+
+    def check(self) -> None:
+        """Raise what has failed before this; not what has behind it."""
         if self._event.failed:
             raise self._stream.failure()
 

@@ -49,6 +49,7 @@ class _Launched:
     def collect(self) -> IterationOutput:
         """The result, once the device has it."""
         self.done.wait()
+        self.done.check()
         token_ids = np.zeros(len(self.batch), dtype=np.int32)
         if self.sampled is not None:
             token_ids[self.batch.samples] = self.sampled.numpy()
