@@ -51,11 +51,19 @@ class BatchInput(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """An activation: one row of `width` elements per token."""
+    """An activation: one row of `width` elements per token.
+
+    Attributes:
+        name: Unique in its graph.
+        width: Elements of a row.
+        element: Their type.
+        contiguous: Whether rows must follow each other without gaps.
+    """
 
     name: str
     width: int
     element: ElementType = ElementType.MODEL
+    contiguous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,11 @@ class LayerGraph:
     prologue: tuple[Operation, ...]
     layers: tuple[tuple[Operation, ...], ...]
     epilogue: tuple[Operation, ...]
+
+    @property
+    def parts(self) -> tuple[tuple[Operation, ...], ...]:
+        """All operations: before the layers, of each layer, after them."""
+        return (self.prologue, *self.layers, self.epilogue)
 
     @property
     def selected_edges(self) -> frozenset[str]:
