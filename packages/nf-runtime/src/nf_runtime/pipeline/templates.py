@@ -62,7 +62,7 @@ def two_batch(graph: LayerGraph) -> Plan:
     operations = _operations(graph)
     if not any(operation.category is Category.NETWORK for operation in operations):
         raise PlanError(
-            "plan 'two-batch' overlaps collectives with the rest, and with one rank there are none; "
+            "plan 'two-batch' overlaps collectives with the rest, and one rank has none; "
             "set tensor_parallel_size to 2 or more, or choose another plan"
         )
     listed: list[NanoOperation] = []
