@@ -12,17 +12,18 @@ from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
 from nf_runtime.activations import Activations
 from nf_runtime.bound_graph import BoundGraph
-from nf_runtime.device_api import make_device_api
+from nf_runtime.device_api import CpuDevice, make_device_api
 from nf_runtime.device_stream import Moment
 from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.node_times import NodeTimes
 from nf_runtime.pipeline.division import Division, divide
-from nf_runtime.pipeline.plan import Plan
+from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan
 from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
 from nf_runtime.pipeline.schedule import Schedule
 from nf_runtime.pipeline.schedules import Schedules
 from nf_runtime.pipeline.workspace import plan_workspace
+from nf_runtime.program_runner import ProgramRunner
 from nf_runtime.row_logprobs import PendingLogprobs, to_host
 from nf_runtime.sampler import Sampler, SamplingPlan
 from nf_runtime.staged_batch import StagedBatch, stage
@@ -105,6 +106,7 @@ class Executor:
         policy: OverlapPolicy | None = None,
         asynchronous: bool = False,
         collectives: Mapping[str, Callable[..., None]] | None = None,
+        programs: bool = True,
     ) -> None:
         """Bind the graph to its weights and plan the workspace.
 
@@ -121,6 +123,8 @@ class Executor:
             policy: Chooses plans; by default the sequential one for all.
             asynchronous: Whether an iteration may be launched while another one is in flight.
             collectives: Implementation of the graph's collectives, by kind.
+            programs: Whether native operations of a CPU are recorded once and run without Python;
+                False gives them to one lane from Python, one by one: the slow twin.
 
         Raises:
             PlanError: A plan of the policy does not fit.
@@ -158,6 +162,14 @@ class Executor:
         self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
         self._launched: deque[_Launched] = deque()
+        self._program_runner: ProgramRunner | None = None
+        if isinstance(self._api, CpuDevice) and programs:
+            self._program_runner = ProgramRunner(
+                self._bound,
+                max_tokens=max_tokens,
+                max_requests=max_requests + MAX_NANO_BATCHES,
+                max_selected=max_requests,
+            )
         self._policy = OverlapPolicy(graph)
         if policy is not None:
             self.set_policy(policy)
@@ -207,8 +219,9 @@ class Executor:
         num_selected = len(sampling.slots) + len(sampling.prompt_rows)
         choice, division = self._choose(batch, num_selected)
         schedule = self._schedules.get(choice.plan, division.structure, notices=offload is not None)
-        if num_selected:
-            self._activations.reserve_selected(num_selected)
+        moved = self._activations.reserve_selected(num_selected)
+        if moved and self._program_runner is not None:
+            self._program_runner.rebind(num_selected)
         buffer = self._ring.acquire()
         staged = stage(
             batch,
@@ -290,15 +303,20 @@ class Executor:
                 last_sampled=self._last_sampled,
             )
         self._operations.prepare(staged.attention(schedule.attention))
-        times = self._stream_runner.run(
-            schedule,
-            staged,
-            self._api.streams(choice.plan),
-            offload,
-            timed=timed,
-            before_layer=self.before_layer,
-            after_layer=self.after_layer,
-        )
+        streams = self._api.streams(choice.plan)
+        times: NodeTimes | None
+        if self._program_runner is not None and choice.reason is not Reason.HOOKS:
+            times = self._program_runner.run(schedule, staged, streams, offload)
+        else:
+            times = self._stream_runner.run(
+                schedule,
+                staged,
+                streams if self._program_runner is None else [stream] * len(streams),
+                offload,
+                timed=timed,
+                before_layer=self.before_layer,
+                after_layer=self.after_layer,
+            )
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
         logits = self._activations.rows("logits", 0, staged.num_selected)
@@ -312,6 +330,6 @@ class Executor:
             sampled = to_host(sampled)
         prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:], stream)
         trace = None
-        if times is not None:
+        if timed and times is not None:
             trace = IterationTrace.of(batch, schedule, staged.division, choice.reason), times
         return _Launched(batch, sampled, logprobs, prompt_logprobs, stream.record(), trace)

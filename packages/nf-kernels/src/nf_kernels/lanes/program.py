@@ -223,7 +223,9 @@ class CpuSchedule:
                 raise ValueError(
                     f"lanes[{number}] is a {type(lane).__name__}; expected a lane of a CPU"
                 )
-        for number, (tensor, placeholder) in enumerate(zip(inputs, self._placeholders, strict=False)):
+        for number, (tensor, placeholder) in enumerate(
+            zip(inputs, self._placeholders, strict=False)
+        ):
             _check_input(f"inputs[{number}]", tensor, placeholder.dtype, placeholder.dim())
         rows = np.array([_native_input(tensor) for tensor in inputs], np.int64).reshape(-1, 4)
         native = self._native.run([lane.native for lane in lanes], spans, rows, on_call)
