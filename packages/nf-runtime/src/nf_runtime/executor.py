@@ -107,6 +107,7 @@ class Executor:
         asynchronous: bool = False,
         collectives: Mapping[str, Callable[..., None]] | None = None,
         programs: bool = True,
+        timeline_every: int = 0,
     ) -> None:
         """Bind the graph to its weights and plan the workspace.
 
@@ -125,6 +126,7 @@ class Executor:
             collectives: Implementation of the graph's collectives, by kind.
             programs: Whether native operations of a CPU are recorded once and run without Python;
                 False gives them to one lane from Python, one by one: the slow twin.
+            timeline_every: One of so many iterations has its times noted; 0: none.
 
         Raises:
             PlanError: A plan of the policy does not fit.
@@ -132,7 +134,7 @@ class Executor:
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
         self.sampler = sampler
-        self.timeline = Timeline()
+        self.timeline = Timeline(every=timeline_every)
         self._device = cos_sin.device
         self._page_size = page_size
         self._operations = operations
@@ -167,7 +169,7 @@ class Executor:
             self._program_runner = ProgramRunner(
                 self._bound,
                 max_tokens=max_tokens,
-                max_requests=max_requests + MAX_NANO_BATCHES,
+                max_requests=min(max_requests + MAX_NANO_BATCHES, max_tokens),
                 max_selected=max_requests,
             )
         self._policy = OverlapPolicy(graph)
@@ -278,6 +280,7 @@ class Executor:
         if self.before_layer or self.after_layer:
             return Choice(sequential, Reason.HOOKS), cut(sequential)
         choice = self._policy.choose(tokens, decodes)
+        choice = self.timeline.revise(choice, sequential, tokens, decodes)
         division = cut(choice.plan)
         if not choice.plan.is_sequential and division.num_occupied < 2:
             choice = Choice(sequential, Reason.ONE_NANO_BATCH)
