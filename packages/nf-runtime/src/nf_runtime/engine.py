@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from nf_kernels import ops
 from nf_runtime.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from nf_runtime.loop import IterationLoop, LoopStats
 from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
+from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan_store import find_policy
 from nf_runtime.replay.recorded_loop import RecordedLoop
 from nf_runtime.replay.recorder import Recorder
@@ -82,6 +84,8 @@ class Engine:
         phases["weights"] = clock() - started
 
         started = clock()
+        self.config = config
+        self._model, self._graph = model, graph
         self._find_policy = partial(
             find_policy,
             graph=graph,
@@ -253,6 +257,16 @@ class Engine:
             PlanError: It names no plan, or one that does not fit; then all stays as it was.
         """
         self.executor.set_policy(self._find_policy(overlap))
+
+    def node_costs(self) -> NodeCosts:
+        """What nano-operations ask of the device."""
+        return NodeCosts(
+            self._graph,
+            head_dim=self._model.head_dim,
+            element_bytes=getattr(torch, self.info.dtype).itemsize,
+            experts=self._model.experts,
+            expert_features=self._model.expert_intermediate_size,
+        )
 
     def timeline(self) -> dict[str, Any]:
         """The iterations that were timed lately, as a Chrome trace (`nf_runtime.chrome_trace`)."""

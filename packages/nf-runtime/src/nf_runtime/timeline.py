@@ -28,7 +28,7 @@ class IterationTrace:
         iteration: Its number.
         tokens: Of its batch.
         decodes: So many of them.
-        context: Tokens of all requests before it.
+        contexts: int [requests], tokens of each request before it.
         reason: Why it ran by its plan.
         schedule: Of its plan.
         division: How its batch was cut.
@@ -39,7 +39,7 @@ class IterationTrace:
     iteration: int
     tokens: int
     decodes: int
-    context: int
+    contexts: np.ndarray
     reason: Reason
     schedule: Schedule
     division: Division
@@ -54,7 +54,7 @@ class IterationTrace:
             iteration=batch.iteration,
             tokens=batch.num_tokens,
             decodes=batch.num_decodes,
-            context=int(batch.context_lens.sum()),
+            contexts=batch.context_lens.copy(),
             reason=reason,
             schedule=schedule,
             division=division,
@@ -73,7 +73,7 @@ class IterationTrace:
             "reason": str(self.reason),
             "tokens": self.tokens,
             "decodes": self.decodes,
-            "context_tokens": self.context,
+            "context_tokens": int(self.contexts.sum()),
             "wall_ms": self.wall_ns / 1e6,
             "concurrency": round(self.concurrency, 4),
             "idle_ms": {lane: ns / 1e6 for lane, ns in self.idle_ns().items()},
