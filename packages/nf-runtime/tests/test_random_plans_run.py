@@ -26,7 +26,7 @@ from nf_runtime.pipeline.templates import co_resident, nanoflow
 MakeCheckpoint = Callable[..., Path]
 Answers = list[tuple[list[int], list[float], list[float]]]
 
-EXAMPLES = 12
+EXAMPLES = 20
 FEW = 4  # in plain torch, which is slow
 
 
@@ -103,8 +103,8 @@ def model(
     yield made
     examples = FEW if plain else EXAMPLES
     assert made.seen["examples"] >= examples
-    assert made.seen["iterations with several nano-batches"] > examples
-    assert made.seen["iterations with several lanes"] > examples / 2
+    assert made.seen["iterations with several nano-batches"] >= examples
+    assert made.seen["iterations with several lanes"] >= examples / 2
     assert made.seen["prompts cut in two"] > 0
     made.llm.shutdown()
 
