@@ -109,7 +109,7 @@ def model(
     made.llm.shutdown()
 
 
-prompt_lengths = st.lists(st.one_of(st.integers(1, 9), st.integers(1, 70)), min_size=1, max_size=7)
+prompt_lengths = st.lists(st.one_of(st.integers(2, 9), st.integers(2, 70)), min_size=3, max_size=7)
 
 
 def test_tokens_and_logits_are_those_of_the_sequential_plan(model: Model) -> None:
@@ -122,7 +122,7 @@ def test_tokens_and_logits_are_those_of_the_sequential_plan(model: Model) -> Non
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )
-    @given(legal_plans(graph), prompt_lengths, st.integers(1, 6), st.integers(0, 1 << 20))
+    @given(legal_plans(graph), prompt_lengths, st.integers(2, 6), st.integers(0, 1 << 20))
     def check(plan: Plan, lengths: list[int], count: int, seed: int) -> None:
         random = np.random.default_rng(seed)
         prompts = [random.integers(0, 200, length).tolist() for length in lengths]

@@ -324,7 +324,8 @@ class Executor:
         choice = self._policy.choose(tokens, decodes)
         if choice.plan.is_sequential:
             return choice
-        if _divide(batch, choice.plan, 1).num_occupied < 2:
+        several = len(choice.plan.nano_batches) > 1
+        if several and _divide(batch, choice.plan, 1).num_occupied < 2:
             return Choice(sequential, Reason.ONE_NANO_BATCH)
         return self.timeline.revise(choice, sequential, tokens, decodes)
 
