@@ -10,7 +10,7 @@ import numpy as np
 
 from nf_runtime.graph import BatchInput, Rows
 from nf_runtime.pipeline.division import Division
-from nf_runtime.pipeline.schedule import Code, Node, Schedule
+from nf_runtime.pipeline.schedule import AFTER_APPEND, BEFORE_APPEND, Code, Node, Schedule
 from nf_runtime.pipeline.workspace import Workspace
 
 
@@ -45,11 +45,13 @@ class _Use:
     def meets(self, other: _Use) -> bool:
         return (
             (self.writes or other.writes)
-            and self.rows[0] < other.rows[1]
-            and other.rows[0] < self.rows[1]
-            and self.columns[0] < other.columns[1]
-            and other.columns[0] < self.columns[1]
+            and _overlap(self.rows, other.rows)
+            and _overlap(self.columns, other.columns)
         )
+
+
+def _overlap(mine: tuple[int, int], other: tuple[int, int]) -> bool:
+    return max(mine[0], other[0]) < min(mine[1], other[1])
 
 
 def find_races(
@@ -59,13 +61,18 @@ def find_races(
 
     It looks at rows and bytes, and not at what the compiler has found. Vector clocks (Fidge, 1988;
     Mattern, 1989) tell what each lane knows: two uses are ordered where the second one's lane, when
-    it comes to it, has heard that the first has ended.
+    it comes to it, has heard that the first has ended. A notice that K and V are about to be
+    appended counts as a write of them all, one that they were as a read.
 
     Args:
         schedule: What is checked.
         division: Of a batch.
         workspace: Where its edges are.
         contexts: int [requests], tokens of each request before this batch.
+
+    Raises:
+        RuntimeError: Lanes of the schedule wait for each other.
+        KeyError: The schedule does not launch one of its nodes.
     """
     clocks, ends = _clocks(schedule)
     races = []
@@ -130,6 +137,9 @@ def _cache_tokens(
 ) -> list[tuple[int, tuple[int, int], bool]]:
     """Of which requests a node reads or writes K and V, of which tokens, and whether it writes."""
     operation = node.operation
+    if operation in (BEFORE_APPEND, AFTER_APPEND):
+        tokens = 0, int(contexts.max(initial=0)) + division.bounds[-1] + 1
+        return [(request, tokens, operation == BEFORE_APPEND) for request in range(len(contexts))]
     caches = [
         source
         for source in operation.inputs.values()
