@@ -4,6 +4,7 @@ A plan is drawn so that it is legal, and never thrown away: going through its li
 one nano-operation after the other, respects what each depends on. Lanes only relax that order.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -143,9 +144,7 @@ def _listed(draw: st.DrawFn, graph: LayerGraph, count: int) -> list[_Listed]:
     for operation in operations.values():
         cuts = [i for i in range(1, count) if draw(st.booleans())]
         bounds = [0, *cuts, count]
-        listed += [
-            _Listed(operation, first, end) for first, end in zip(bounds, bounds[1:], strict=False)
-        ]
+        listed += [_Listed(operation, first, end) for first, end in itertools.pairwise(bounds)]
     return listed
 
 

@@ -82,8 +82,8 @@ class Schedule:
         plan: What it was compiled from.
         graph: Likewise.
         nodes: int32 [N, 5], for each nano-operation: part of the graph (0 before the layers, layer
-            + 1, after them the number of layers + 1), number in that part (for a notice, `BEFORE` or
-            `AFTER`), first nano-batch, the one behind the last, lane.
+            + 1, after them the number of layers + 1), number in that part (of a notice, `BEFORE`
+            or `AFTER`), first nano-batch, the one behind the last, lane.
         placed: int32 [N], number in `plan.operations`; -1 for what the plan does not list.
         commands: Per lane (`Plan.lane_names`) int32 [n, 2]: a `Code`, and the number of a
             nano-operation or of an event.
