@@ -14,10 +14,10 @@ from nf_kvcache import KVLayout
 from nf_runtime.config import EngineConfig
 from nf_runtime.device import DeviceMemory
 from nf_runtime.errors import ModelLoadError
-from nf_runtime.graph import ElementType
 from nf_runtime.kv_tiers import host_tier_bytes
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import decoder_graph, find_family, layer_weights, model_weights
+from nf_runtime.pipeline.workspace import plan_workspace
 
 # Of all memory of a CPU: what KV takes when nobody says how much, and what then stays for others.
 _CPU_SHARE = 0.1
@@ -187,13 +187,8 @@ def workspace_bytes(
         kind: Of device: `cpu` or `cuda`.
         max_len: Of the longest sequence, in tokens.
     """
-    graph = decoder_graph(model)
-    sizes = {ElementType.INT64: 8, ElementType.FLOAT32: 4}
-    total = 0
-    for edge in graph.edges.values():
-        is_selected = edge.name in graph.selected_edges
-        rows = config.max_num_seqs if is_selected else config.batch_tokens
-        total += rows * edge.width * sizes.get(edge.element, dtype.itemsize)
+    workspace = plan_workspace(decoder_graph(model), dtype.itemsize)
+    total = workspace.num_bytes(tokens=config.batch_tokens, selected=config.max_num_seqs)
     total += max_len * model.head_dim * 4  # the table of RoPE
     total += config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES[kind]
     if model.sparse_layers:  # x, gate and up, activated, and the result of every chosen expert

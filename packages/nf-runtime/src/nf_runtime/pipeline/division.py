@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,6 +78,11 @@ class Division:
     segment_start: np.ndarray
     first_segment: tuple[int, ...]
     structure: Structure
+
+    @property
+    def num_occupied(self) -> int:
+        """Nano-batches with at least one token."""
+        return sum(low < high for low, high in pairwise(self.bounds))
 
     def rows(self, rows: Rows, first: int, end: int) -> tuple[int, int]:
         """First row and end of a token range in the nano-batches from `first` to before `end`."""

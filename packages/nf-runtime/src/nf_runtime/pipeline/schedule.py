@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from nf_kernels.cost import CATEGORIES, Category
-from nf_runtime.graph import BatchInput, LayerGraph, Operation
+from nf_runtime.graph import BatchInput, LayerGraph, Operation, Rows
 from nf_runtime.pipeline.plan import Plan
 
 _CACHES = frozenset({BatchInput.K_CACHE, BatchInput.V_CACHE})
@@ -111,6 +111,34 @@ class Schedule:
         )
 
     @cached_property
+    def attention(self) -> tuple[tuple[Rows, int, int], ...]:
+        """Token range, first nano-batch and the one behind the last of all attention."""
+        found = {}
+        for number in range(len(self.nodes)):
+            node = self.node(number)
+            if node.operation.kind.endswith("_attention"):
+                found[node.operation.rows, node.first, node.end] = True
+        return tuple(found)
+
+    def signature(self, part: int, index: int) -> int:
+        """The same number for operations that differ in weights, constants and K and V alone."""
+        return self._signatures[part][index] if index >= 0 else index
+
+    @cached_property
+    def _signatures(self) -> list[list[int]]:
+        known: list[Operation] = []
+        signatures: list[list[int]] = []
+        for part in self.graph.parts:
+            signatures.append([])
+            for operation in part:
+                alike = (i for i, other in enumerate(known) if _are_alike(operation, other))
+                number = next(alike, len(known))
+                if number == len(known):
+                    known.append(operation)
+                signatures[-1].append(number)
+        return signatures
+
+    @cached_property
     def launch_order(self) -> list[tuple[int, Code, int]]:
         """Lane, code and argument of all commands, in an order in which no wait has to wait."""
         order: list[tuple[int, Code, int]] = []
@@ -132,3 +160,11 @@ class Schedule:
             if len(order) == before:
                 raise RuntimeError("the lanes of the schedule wait for each other")
         return order
+
+
+def _are_alike(a: Operation, b: Operation) -> bool:
+    """Whether two operations take the same rows of the same edges and parts of the batch."""
+    return a is b or (
+        (a.reads, a.writes, a.inputs, a.rows, a.reads_all_rows)
+        == (b.reads, b.writes, b.inputs, b.rows, b.reads_all_rows)
+    )
