@@ -93,16 +93,48 @@ def waits_of(schedule: Schedule) -> list[tuple[int, int, int]]:
     ]
 
 
-def starts_signalled(schedule: Schedule) -> set[int]:
-    """Events of starts: signalled with a launch behind them that waits for nothing in between."""
-    ends = set()
-    for commands in commands_of(schedule):
-        previous = None
-        for code, argument in commands:
-            if code == Code.SIGNAL and previous == Code.LAUNCH:
-                ends.add(argument)
-            previous = code
-    return set(range(schedule.num_events)) - ends
+def known_of(schedule: Schedule) -> dict[int, list[int]]:
+    """For each node, how many commands of every lane have begun before it starts, at least."""
+    known = [[0] * len(schedule.commands) for _ in schedule.commands]
+    events: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}
+    for lane, code, argument in schedule.launch_order:
+        if code is Code.WAIT:
+            known[lane] = [max(pair) for pair in zip(known[lane], events[argument], strict=True)]
+        elif code is Code.LAUNCH:
+            found[argument] = known[lane].copy()
+        known[lane][lane] += 1
+        if code is Code.SIGNAL:
+            events[argument] = known[lane].copy()
+    return found
+
+
+def places_of(schedule: Schedule) -> dict[int, tuple[int, int]]:
+    """Lane and place there of every launch."""
+    return {
+        argument: (lane, place)
+        for lane, commands in enumerate(commands_of(schedule))
+        for place, (code, argument) in enumerate(commands)
+        if code == Code.LAUNCH
+    }
+
+
+def number_of(schedule: Schedule, operation: str, layer: int, nano_batch: int = 0) -> int:
+    """The node of an operation that has a nano-batch."""
+    (number,) = (
+        number
+        for number in range(len(schedule.nodes))
+        for node in (schedule.node(number),)
+        if (node.operation.name, node.layer) == (operation, layer)
+        and node.first <= nano_batch < node.end
+    )
+    return number
+
+
+def is_ordered(schedule: Schedule, first: int, second: int) -> bool:
+    """Whether one node has ended before another starts, whatever the lanes' speeds."""
+    lane, place = places_of(schedule)[first]
+    return known_of(schedule)[second][lane] > place
 
 
 def same_schedule(mine: Schedule, other: Schedule) -> bool:

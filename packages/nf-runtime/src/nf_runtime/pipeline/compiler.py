@@ -132,8 +132,8 @@ class _Compilation:
     def repeated(self, graph: LayerGraph, *, reach: int) -> Schedule | None:
         """The schedule of a graph with more layers of this kind; None if tiles do not repeat.
 
-        What a tile waits for follows from what the tiles within its reach wait for. So when that
-        many are the same as the one before, all later ones are.
+        What a tile waits for follows from what it depends on, and what the tiles within its reach
+        wait for. So when that many are the same as the one before, all later ones are.
 
         Args:
             graph: All of it; this one has fewer of its layers.
@@ -143,7 +143,7 @@ class _Compilation:
         have, want = len(self._graph.layers), len(graph.layers)
         more, per_layer = want - have, len(parts[1])
         start, end = parts[1].start, parts[-1].start
-        if not self._tiles.are_periodic or any(len(part) != per_layer for part in parts[1:-1]):
+        if self._reaches_beyond(reach) or any(len(part) != per_layer for part in parts[1:-1]):
             return None
 
         def moved(commands: np.ndarray, layers: int) -> np.ndarray:
@@ -177,6 +177,15 @@ class _Compilation:
         after = table[end:].copy()
         after[:, 0] += more
         return self._schedule(graph, np.concatenate([table[:start], layers, after]), lanes)
+
+    def _reaches_beyond(self, reach: int) -> bool:
+        """Whether a node depends on one of a later tile, or of more than so many tiles before."""
+        tile_of = self._tiles.tile_of
+        return any(
+            not 0 <= tile_of[number] - tile_of[other] <= reach
+            for number, node in enumerate(self._dependencies.nodes)
+            for other in (*node.needs, *node.starts_after)
+        )
 
     def _find_waits(self, order: Sequence[int]) -> dict[int, list[int]]:
         """The events that each node waits for, without those that others imply."""

@@ -25,8 +25,8 @@ class LaneTiles:
 
     Attributes:
         lanes: Numbers of nodes by lane, tile and place.
+        tile_of: Number of the tile of each node, by the node's.
         have_leeway: Whether notices stand a tile apart from the appends they are about.
-        are_periodic: Whether the tiles of layers in the middle differ by numbers of layers alone.
     """
 
     def __init__(self, dependencies: DependencyGraph, *, outermost: bool = False) -> None:
@@ -36,7 +36,6 @@ class LaneTiles:
         appends = dependencies.appends if dependencies.notices else ()
         apart = len({append.lane for append in appends}) > 1
         self.have_leeway = apart and not outermost
-        self.are_periodic = not (apart and outermost)
         tiles = self._layers + max(self._behind, default=0) + apart
         self.lanes: list[list[list[int]]] = [
             [[] for _ in range(tiles + 2)] for _ in plan.lane_names
@@ -59,18 +58,21 @@ class LaneTiles:
                 if number == last:
                     self._put_notice(tile - behind, AFTER, node.lane, tile + 1)
         self.lanes[0][-1] += dependencies.parts[-1]
+        self.tile_of = [0] * len(dependencies.nodes)
+        for lane in self.lanes:
+            for tile, numbers in enumerate(lane):
+                for number in numbers:
+                    self.tile_of[number] = tile
 
     def in_order(self) -> list[list[int]]:
         """The nodes of each lane."""
         return [[number for tile in tiles for number in tile] for tiles in self.lanes]
 
     def _put_notices_apart(self, behind: list[int]) -> None:
-        for layer in range(self._layers):
-            before, after = layer + min(behind) + 1, layer + max(behind) + 2
-            if not self.have_leeway:
-                before, after = 0, -1
-            self._put_notice(layer, BEFORE, 0, before)
-            self._put_notice(layer, AFTER, 0, after)
+        for kind, leeway, outermost in ((BEFORE, min(behind), 0), (AFTER, max(behind) + 1, -1)):
+            for layer in range(self._layers):
+                tile = layer + leeway + 1 if self.have_leeway else outermost
+                self._put_notice(layer, kind, 0, tile)
 
     def _put_notice(self, layer: int, kind: int, lane: int, tile: int) -> None:
         number = self._dependencies.notice(layer, kind)
