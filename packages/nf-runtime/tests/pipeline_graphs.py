@@ -1,5 +1,6 @@
 """Small graphs of every family, and what is done to schedules to see whether a check notices."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,22 @@ def waits_of(schedule: Schedule) -> list[tuple[int, int, int]]:
         for place, (code, argument) in enumerate(commands)
         if code == Code.WAIT
     ]
+
+
+def check_complete(schedule: Schedule) -> None:
+    """Each node is launched once, and each event signalled once, before it is waited for."""
+    order = schedule.launch_order
+    assert len(order) == sum(map(len, schedule.commands))
+    seen = Counter((code, argument) for _, code, argument in order if code is not Code.WAIT)
+    launches = {(Code.LAUNCH, number): 1 for number in range(len(schedule.nodes))}
+    assert seen == launches | {(Code.SIGNAL, event): 1 for event in range(schedule.num_events)}
+    assert {event for _, _, event in waits_of(schedule)} == set(range(schedule.num_events))
+    for lane, commands in enumerate(commands_of(schedule)):
+        assert all(
+            schedule.nodes[argument, 4] == lane
+            for code, argument in commands
+            if code == Code.LAUNCH
+        )
 
 
 def known_of(schedule: Schedule) -> dict[int, list[int]]:

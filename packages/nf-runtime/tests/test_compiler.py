@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline_graphs import (
     MODELS,
+    check_complete,
     commands_of,
     is_ordered,
     known_of,
@@ -28,7 +29,7 @@ from nf_runtime.pipeline import compiler
 from nf_runtime.pipeline.compiler import compile_each_layer, compile_plan
 from nf_runtime.pipeline.division import Division, divide
 from nf_runtime.pipeline.happens_before import find_races
-from nf_runtime.pipeline.plan import Lane, NanoBatch, NanoOperation, Phase, Plan
+from nf_runtime.pipeline.plan import Lane, NanoBatch, NanoOperation, Plan
 from nf_runtime.pipeline.schedule import Code, Schedule
 from nf_runtime.pipeline.templates import TEMPLATES, co_resident, nanoflow, pd_multiplex, sequential
 from nf_runtime.pipeline.workspace import Workspace, plan_workspace
@@ -60,22 +61,6 @@ def compiled(
         compile_plan(graph, plan, division.structure, workspace=workspace, **options),
         division,
     )
-
-
-def check_complete(schedule: Schedule) -> None:
-    """Each node is launched once, and each event signalled once, before it is waited for."""
-    order = schedule.launch_order
-    assert len(order) == sum(map(len, schedule.commands))
-    seen = Counter((code, argument) for _, code, argument in order if code is not Code.WAIT)
-    launches = {(Code.LAUNCH, number): 1 for number in range(len(schedule.nodes))}
-    assert seen == launches | {(Code.SIGNAL, event): 1 for event in range(schedule.num_events)}
-    assert {event for _, _, event in waits_of(schedule)} == set(range(schedule.num_events))
-    for lane, commands in enumerate(commands_of(schedule)):
-        assert all(
-            schedule.nodes[argument, 4] == lane
-            for code, argument in commands
-            if code == Code.LAUNCH
-        )
 
 
 # --- what is shipped
@@ -341,91 +326,6 @@ def test_a_prompt_in_all_nano_batches_attends_to_all_before() -> None:
         for earlier in range(4):
             append = number_of(schedule, "rope_append", 1, earlier)
             assert is_ordered(schedule, append, attention) == (earlier <= later)
-
-
-# --- notices
-
-
-def notices_of(schedule: Schedule, layer: int) -> tuple[int, int]:
-    before = number_of(schedule, "before_append", layer)
-    return before, number_of(schedule, "after_append", layer)
-
-
-@settings(deadline=None, max_examples=80)
-@given(st.sampled_from(sorted(MODELS)), st.data(), batches())
-def test_notices_stand_before_and_after_the_appends_of_their_layer(
-    model: str, data: st.DataObject, batch: RandomBatch
-) -> None:
-    graph = GRAPHS[model]
-    plan = data.draw(legal_plans(graph))
-    schedule, _ = compiled(graph, plan, batch, WORKSPACES[model], notices=True)
-    known, places = known_of(schedule), places_of(schedule)
-    for layer in range(len(graph.layers)):
-        before, after = notices_of(schedule, layer)
-        for number in range(len(schedule.nodes)):
-            node = schedule.node(number)
-            if (node.layer, node.operation.name) == (layer, "rope_append"):
-                assert known[number][places[before][0]] > places[before][1]
-                assert known[after][places[number][0]] > places[number][1]
-
-
-def two_nano_batches(
-    graph: LayerGraph, behind: tuple[int, int], lanes: tuple[str, str], reverse: bool = False
-) -> Plan:
-    """All of each nano-batch on a lane, so many layers behind."""
-    halves = [
-        [
-            NanoOperation(
-                operation=operation.name,
-                nano_batches=(i,),
-                lane=lanes[i],
-                layers_behind=behind[i],
-            )
-            for operation in graph.layers[0]
-        ]
-        for i in (0, 1)
-    ]
-    return Plan(
-        name="mine",
-        nano_batches=(NanoBatch(phase=Phase.DECODE), NanoBatch(phase=Phase.PREFILL)),
-        lanes=(Lane(name="first", share=0.5), Lane(name="second", share=0.5)),
-        operations=tuple(o for half in (halves[::-1] if reverse else halves) for o in half),
-    )
-
-
-@pytest.mark.parametrize("behind", [(0, 0), (1, 0), (0, 1), (3, 0), (0, 3), (2, 1)])
-@pytest.mark.parametrize(
-    "lanes", [("first", "first"), ("first", "second"), ("device", "second"), ("first", "device")]
-)
-@pytest.mark.parametrize("reverse", [False, True])
-def test_notices_of_nano_batches_in_different_layers(
-    behind: tuple[int, int], lanes: tuple[str, str], reverse: bool
-) -> None:
-    graph, workspace = GRAPHS["dense"], WORKSPACES["dense"]
-    plan = two_nano_batches(graph, behind, lanes, reverse)
-    schedule, division = compiled(graph, plan, UNEVEN, workspace, notices=True)
-    check_complete(schedule)
-    assert find_races(schedule, division, workspace, UNEVEN.contexts) == []
-
-
-@pytest.mark.parametrize("num_layers", [3, 30])
-def test_lanes_that_are_layers_apart_get_notices_too(num_layers: int) -> None:
-    """The device's lane is a tile behind the one that needs it: no tile has room for a notice."""
-    graph = small_graph("dense", num_layers)
-    first, *rest = two_nano_batches(graph, (0, 0), ("first", "second")).operations
-    plan = two_nano_batches(graph, (0, 0), ("first", "second")).model_copy(
-        update={
-            "operations": (
-                first.model_copy(update={"lane": "device", "layers_behind": 1}),
-                *rest,
-            )
-        }
-    )
-    workspace = plan_workspace(graph, 2)
-    schedule, division = compiled(graph, plan, UNEVEN, workspace, notices=True)
-    check_complete(schedule)
-    if num_layers == 3:
-        assert find_races(schedule, division, workspace, UNEVEN.contexts) == []
 
 
 def test_decodes_alone_run_beside_prefills_of_a_later_layer() -> None:

@@ -128,18 +128,20 @@ def test_a_row_is_no_wider_than_what_is_alive_and_a_third(graph: LayerGraph) -> 
 
 def test_rows_that_are_written_in_part_keep_the_others() -> None:
     """Decodes are overwritten while the prefills that were written before are still to be read."""
-    edges = {name: Edge(name, 64) for name in ("a", "b", "c")}
+    edges = {name: Edge(name, 64) for name in ("a", "b", "c", "d")}
+
+    def decodes(source: str, target: str) -> Operation:
+        return Operation(f"to_{target}", "linear", {"x": source}, {"out": target}, rows=Rows.DECODE)
+
     operations = (
-        Operation("to_a", "linear", writes={"out": "a"}),
-        Operation("to_b", "linear", reads={"x": "a"}, writes={"out": "b"}, rows=Rows.DECODE),
-        Operation("to_c", "linear", reads={"x": "b"}, writes={"out": "c"}, rows=Rows.DECODE),
-        Operation("again", "linear", reads={"x": "c"}, writes={"out": "a"}, rows=Rows.DECODE),
+        Operation("start", "linear", writes={"out": "a"}),
+        *(decodes(*pair) for pair in ("ab", "bc", "cd", "da")),
         Operation("end", "linear", reads={"x": "a"}, writes={"out": "a"}),
     )
     graph = LayerGraph(edges=edges, prologue=operations, layers=(), epilogue=())
     places = plan_workspace(graph, 2).places
-    assert not any(places["a"].overlaps(places[other]) for other in ("b", "c"))
     assert frozenset({"a", "c"}) in alive_together(graph)
+    assert not any(places["a"].overlaps(places[other]) for other in "bcd")
 
 
 def test_a_row_of_whole_pages_is_made_a_line_longer() -> None:

@@ -25,8 +25,8 @@ def circular_wait(
     while lane not in seen:
         seen.append(lane)
         node = nodes[heads[lane]]
-        needs = (*sorted(node.needs), *node.starts_after)
-        needed = next(other for other in needs if not done[other])
+        needs = (*node.needs, *node.starts_after)
+        needed = max(other for other in needs if not done[other])  # its input rather than memory
         path.append((heads[lane], needed))
         lane = nodes[needed].lane
     path = path[seen.index(lane) :]
@@ -53,7 +53,11 @@ def _reason(dependencies: DependencyGraph, waiting: int, needed: int) -> str:
     first, second = dependencies.nodes[waiting], dependencies.nodes[needed]
     if needed not in first.needs:
         return "the first has the second in after_start"
-    read = [edge for edge, _ in first.access.reads if edge in second.access.writes]
+    read = [
+        edge
+        for edge, whole in first.access.reads
+        if edge in second.access.writes and (whole or first.cells & second.cells)
+    ]
     if read:
         return f"the first reads {read[0]!r}, which the second writes"
     if first.access.reads_cache and second.access.writes_cache:

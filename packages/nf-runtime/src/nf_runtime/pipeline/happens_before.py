@@ -16,19 +16,24 @@ from nf_runtime.pipeline.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """Two nano-operations that use the same memory, the second of which may not wait for the first.
+    """Two nano-operations that use the same memory as the model does not.
 
     Attributes:
         first: Who comes first in the model.
         second: Who comes second.
         memory: What both use.
+        is_ordered: False where the second may not wait for the first. True where it does, and the
+            first has overwritten what the second reads.
     """
 
     first: str
     second: str
     memory: str
+    is_ordered: bool = False
 
     def __str__(self) -> str:
+        if self.is_ordered:
+            return f"{self.first} overwrites what {self.second} reads: both use {self.memory}"
         return f"{self.second} is not ordered after {self.first}: both use {self.memory}"
 
 
@@ -57,7 +62,10 @@ def _overlap(mine: tuple[int, int], other: tuple[int, int]) -> bool:
 def find_races(
     schedule: Schedule, division: Division, workspace: Workspace, contexts: np.ndarray
 ) -> list[Race]:
-    """Every use of memory that the schedule does not order as the model does.
+    """Every use of memory that is not as in the model.
+
+    That is two uses that the schedule does not order, or an edge that is overwritten by another
+    before it is read.
 
     It looks at rows and bytes, and not at what the compiler has found. Vector clocks (Fidge, 1988;
     Mattern, 1989) tell what each lane knows: two uses are ordered where the second one's lane, when
@@ -78,6 +86,7 @@ def find_races(
     races = []
     for uses in _uses(schedule, division, workspace, contexts).values():
         uses.sort(key=lambda use: use.node)
+        races += _overwritten(schedule, uses)
         for first, second in combinations(uses, 2):
             if first.node == second.node or not first.meets(second):
                 continue
@@ -86,6 +95,36 @@ def find_races(
                 nodes = schedule.node(first.node), schedule.node(second.node)
                 shared = first.name if first.name == second.name else f"{first.name}, {second.name}"
                 races.append(Race(str(nodes[0]), str(nodes[1]), shared))
+    return races
+
+
+def _overwritten(schedule: Schedule, uses: list[_Use]) -> list[Race]:
+    """Reads of rows that another edge was written to after the edge itself.
+
+    Args:
+        schedule: What is checked.
+        uses: Of one buffer, or of the keys and values of one request, in the order of the model.
+    """
+    races = []
+    for end, read in enumerate(uses):
+        if read.writes:
+            continue
+        first = read.rows[0]
+        is_lost = np.ones(read.rows[1] - first, dtype=bool)  # not yet found to be written
+        before = [use for use in uses[:end] if use.writes and use.node < read.node]
+        # What an operation writes beside what it reads must not be in the same memory either.
+        own = [use for use in uses if use.writes and use.node == read.node]
+        for write in (*(use for use in own if use.name != read.name), *reversed(before)):
+            low, high = (max(row - first, 0) for row in write.rows)
+            if not read.meets(write) or not is_lost[low:high].any():
+                continue
+            if write.name != read.name:
+                nodes = schedule.node(write.node), schedule.node(read.node)
+                memory = f"{write.name}, {read.name}"
+                races.append(Race(str(nodes[0]), str(nodes[1]), memory, is_ordered=True))
+            is_lost[low:high] = False
+            if not is_lost.any():
+                break
     return races
 
 
