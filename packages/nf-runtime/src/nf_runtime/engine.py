@@ -4,13 +4,17 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 
 from nf_kernels import ops
 from nf_runtime.checkpoint import Checkpoint
+from nf_runtime.chrome_trace import chrome_trace
 from nf_runtime.config import EngineConfig
-from nf_runtime.device import measure_memory, pick_device, pick_dtype
+from nf_runtime.device import measure_memory, name_device, pick_device, pick_dtype
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.executor import Executor
@@ -22,6 +26,8 @@ from nf_runtime.loop import IterationLoop, LoopStats
 from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
+from nf_runtime.pipeline.node_cost import NodeCosts
+from nf_runtime.pipeline.plan_store import find_policy
 from nf_runtime.replay.recorded_loop import RecordedLoop
 from nf_runtime.replay.recorder import Recorder
 from nf_runtime.rope import cos_sin_table
@@ -78,6 +84,17 @@ class Engine:
         phases["weights"] = clock() - started
 
         started = clock()
+        self.config = config
+        self._model, self._graph = model, graph
+        self._find_policy = partial(
+            find_policy,
+            graph=graph,
+            model=model,
+            device=name_device(device),
+            dtype=str(dtype).removeprefix("torch."),
+            plan_dir=config.plan_dir,
+        )
+        policy = self._find_policy(config.overlap)
         plan = plan_memory(
             config, model, measure_memory(device), dtype, loaded_weight_bytes=weights.num_bytes
         )
@@ -99,8 +116,15 @@ class Engine:
             recorder=recorder,
         )
         self.scheduler = make_scheduler(
-            config, self.kv_cache, max_model_len, clock if recorder is None else recorder.clock
+            config,
+            self.kv_cache,
+            max_model_len,
+            clock if recorder is None else recorder.clock,
+            budgets=policy.budgets(config.batch_tokens),
         )
+        phases["kv_cache"] = clock() - started
+
+        started = clock()
         self.executor = Executor(
             graph,
             weights,
@@ -116,8 +140,14 @@ class Engine:
             page_size=config.page_size,
             max_tokens=config.batch_tokens,
             max_requests=config.max_num_seqs,
+            policy=policy,
             asynchronous=config.async_scheduling,
+            programs=config.native_programs,
+            timeline_every=config.timeline_every,
         )
+        phases["compile"] = clock() - started
+
+        started = clock()
         lag = 1 if config.async_scheduling else 0
         parts = self.scheduler, self.kv_cache, self.executor
         if recorder is None:
@@ -125,7 +155,6 @@ class Engine:
         else:
             recorder.begin(config, self.kv_cache, max_model_len)
             self.loop = RecordedLoop(recorder, *parts, lag=lag)
-        phases["kv_cache"] = clock() - started
         self._live: dict[str, _Live] = {}
         self._untold: list[TokenOutput] = []  # what came between two steps
         self.info = EngineInfo(
@@ -140,7 +169,6 @@ class Engine:
             weight_bytes=weights.num_bytes,
             startup_seconds=phases,
         )
-        started = clock()
         self._warm_up()
         phases["warm_up"] = clock() - started
 
@@ -173,6 +201,8 @@ class Engine:
             iteration_tokens=self.loop.stats.tokens,
             busy_seconds=self.loop.stats.busy_seconds,
             last_step_time=self.loop.stats.last_commit_time,
+            overlap_steps=self._overlap_steps(),
+            overlap_gain=self.executor.timeline.gain.ratios(),
             lower_tiers=cache.lower,
         )
 
@@ -216,6 +246,37 @@ class Engine:
             request.request_id, RequestSampling(params, request.seed, prompt, stop_ids)
         )
         self._live[request.request_id] = _Live(wants_prompt_logprobs)
+
+    def set_overlap(self, overlap: str) -> None:
+        """Run iterations by other plans, from the next one on; requests go on.
+
+        Args:
+            overlap: As `EngineConfig.overlap`.
+
+        Raises:
+            PlanError: It names no plan, or one that does not fit; then all stays as it was.
+        """
+        self.executor.set_policy(self._find_policy(overlap))
+
+    def node_costs(self) -> NodeCosts:
+        """What nano-operations ask of the device."""
+        return NodeCosts(
+            self._graph,
+            head_dim=self._model.head_dim,
+            element_bytes=getattr(torch, self.info.dtype).itemsize,
+            experts=self._model.experts,
+            expert_features=self._model.expert_intermediate_size,
+        )
+
+    def timeline(self) -> dict[str, Any]:
+        """The iterations that were timed lately, as a Chrome trace (`nf_runtime.chrome_trace`)."""
+        return chrome_trace(self.executor.timeline.traces)
+
+    def _overlap_steps(self) -> dict[str, dict[str, int]]:
+        steps: dict[str, dict[str, int]] = {}
+        for (mode, reason), count in self.executor.timeline.steps.items():
+            steps.setdefault(mode, {})[reason] = count
+        return steps
 
     def abort(self, request_id: str) -> bool:
         """End a request early; its last output comes with a later `step`. False if not alive."""

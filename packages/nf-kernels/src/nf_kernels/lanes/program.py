@@ -118,8 +118,8 @@ class CpuProgram:
             block = self._native.record(lambda: operation(**arguments))
         if block is None:
             raise NotRecordable(
-                f"{name} cannot be recorded; expected an operation of ops.CPU that does not sample, "
-                f"use CpuProgram.call"
+                f"{name} cannot be recorded; expected an operation of ops.CPU that does not "
+                f"sample, use CpuProgram.call"
             )
         self._kept.append(arguments)
         return int(block)
@@ -223,7 +223,9 @@ class CpuSchedule:
                 raise ValueError(
                     f"lanes[{number}] is a {type(lane).__name__}; expected a lane of a CPU"
                 )
-        for number, (tensor, placeholder) in enumerate(zip(inputs, self._placeholders, strict=False)):
+        for number, (tensor, placeholder) in enumerate(
+            zip(inputs, self._placeholders, strict=False)
+        ):
             _check_input(f"inputs[{number}]", tensor, placeholder.dtype, placeholder.dim())
         rows = np.array([_native_input(tensor) for tensor in inputs], np.int64).reshape(-1, 4)
         native = self._native.run([lane.native for lane in lanes], spans, rows, on_call)
