@@ -61,7 +61,7 @@ def two_on_one_lane() -> Plan:
     )
 
 
-def test_appends_of_two_nano_batches_may_be_swapped_and_appends_and_attention_may_not() -> None:
+def test_appends_may_be_swapped_and_an_append_and_its_attention_may_not() -> None:
     schedule, division = checked(two_on_one_lane())
     appends = [number_of(schedule, "rope_append", 1, i) for i in (0, 1)]
     assert find_races(swapped(schedule, *appends), division, WORKSPACE, BATCH.contexts) == []

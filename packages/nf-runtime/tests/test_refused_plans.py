@@ -129,9 +129,9 @@ def test_lanes_that_wait_for_each_other() -> None:
     ]
     refuse(
         plan_of(operations, nano_batches=2),
-        "plan 'mine': lanes wait for each other: post_attention_norm:1 of layer 0 needs "
-        "output_proj:1 of layer 0, the first reads 'hidden', which the second writes; "
-        "post_attention_norm:0 of layer 0 needs output_proj:0 of layer 0, the first reads "
+        "plan 'mine': lanes wait for each other: post_attention_norm:0 of layer 0 needs "
+        "output_proj:0 of layer 0, the first reads 'hidden', which the second writes; "
+        "post_attention_norm:1 of layer 0 needs output_proj:1 of layer 0, the first reads "
         "'hidden', which the second writes; and each of these comes behind the one before on its "
         "lane: change the order of operations",
     )
@@ -149,8 +149,8 @@ def test_starts_in_a_circle() -> None:
     change = with_starts((0, "qkv_proj:1"), (len(NAMES), "qkv_proj:0"))
     refuse(
         plan_of([change(i, operation) for i, operation in enumerate(both)], nano_batches=2),
-        "plan 'mine': lanes wait for each other: input_norm:1 of layer 0 needs qkv_proj:0 of layer "
-        "0, the first has the second in after_start; input_norm:0 of layer 0 needs qkv_proj:1 of "
+        "plan 'mine': lanes wait for each other: input_norm:0 of layer 0 needs qkv_proj:1 of layer "
+        "0, the first has the second in after_start; input_norm:1 of layer 0 needs qkv_proj:0 of "
         "layer 0, the first has the second in after_start; and each of these comes behind",
     )
 

@@ -30,6 +30,8 @@ def circular_wait(
         path.append((heads[lane], needed))
         lane = nodes[needed].lane
     path = path[seen.index(lane) :]
+    start = path.index(min(path))
+    path = path[start:] + path[:start]
     if len(path) == 1:
         ((waiting, needed),) = path
         return PlanError(

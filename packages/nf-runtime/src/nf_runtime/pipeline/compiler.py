@@ -46,9 +46,8 @@ def compile_plan(
         PlanError: The plan does not fit the graph, or runs something before what it depends on.
         ValueError: The structure is not one of the plan's.
     """
-    # A node depends on others of its own layer and the one before: no further back than so many
-    # tiles, and notices of appends on several lanes are a tile behind.
-    reach = max((listed.layers_behind for listed in plan.operations), default=0) + notices + 1
+    # A node depends on others of its own layer and the one before: no more tiles back than this.
+    reach = max((listed.layers_behind for listed in plan.operations), default=0) + 1
     some = 2 * reach + 4
     if len(graph.layers) > some and _are_alike(graph.layers):
         short = replace(graph, layers=graph.layers[:some])
@@ -143,19 +142,22 @@ class _Compilation:
         have, want = len(self._graph.layers), len(graph.layers)
         more, per_layer = want - have, len(parts[1])
         start, end = parts[1].start, parts[-1].start
-        if self._reaches_beyond(reach) or any(len(part) != per_layer for part in parts[1:-1]):
+        period = reach + 1  # the first tile in which every layer has one before it
+        if any(len(part) != per_layer for part in parts[1:-1]):
+            return None
+        if self._reaches_beyond(reach, period):
             return None
 
-        def moved(commands: np.ndarray, layers: int) -> np.ndarray:
+        def moved(commands: np.ndarray, layers: int | np.ndarray) -> np.ndarray:
             """The same commands for nodes so many layers later, and those after all layers."""
             numbers = commands[:, 1]
             node = np.where(numbers < 0, -1 - numbers, numbers)  # as `start_of`
             shift = np.where(node < start, 0, layers * per_layer)
             shift = np.where(node < end, shift, more * per_layer)
-            moved_numbers = numbers + np.where(numbers < 0, -shift, shift)
-            return np.stack((commands[:, 0], moved_numbers), axis=1)
+            result = commands.copy()
+            result[:, 1] += np.where(numbers < 0, -shift, shift)
+            return result
 
-        period = reach + 1  # the first tile in which every layer has two before it
         lanes = []
         for tiles in self._commands:
             if not all(
@@ -163,12 +165,13 @@ class _Compilation:
                 for tile in range(period, period + reach)
             ):
                 return None
+            again = np.repeat(np.arange(1, more + 1), len(tiles[period]))
             lanes.append(
                 np.concatenate(
                     [
-                        *(moved(tile, 0) for tile in tiles[: period + 1]),
-                        *(moved(tiles[period], i) for i in range(1, more + 1)),
-                        *(moved(tile, more) for tile in tiles[period + 1 :]),
+                        moved(np.concatenate(tiles[: period + 1]), 0),
+                        moved(np.tile(tiles[period], (more, 1)), again),
+                        moved(np.concatenate(tiles[period + 1 :]), more),
                     ]
                 )
             )
@@ -178,11 +181,15 @@ class _Compilation:
         after[:, 0] += more
         return self._schedule(graph, np.concatenate([table[:start], layers, after]), lanes)
 
-    def _reaches_beyond(self, reach: int) -> bool:
-        """Whether a node depends on one of a later tile, or of more than so many tiles before."""
-        tile_of = self._tiles.tile_of
+    def _reaches_beyond(self, reach: int, period: int) -> bool:
+        """Whether a node depends on one of a later tile, or of more than so many tiles before.
+
+        What comes after the layers may depend on all tiles behind the one to repeat.
+        """
+        tile_of, after = self._tiles.tile_of, self._dependencies.parts[-1].start
         return any(
             not 0 <= tile_of[number] - tile_of[other] <= reach
+            and (number < after or tile_of[other] <= period)
             for number, node in enumerate(self._dependencies.nodes)
             for other in (*node.needs, *node.starts_after)
         )

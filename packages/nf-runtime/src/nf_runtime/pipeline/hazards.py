@@ -70,7 +70,9 @@ class Hazards:
         found = set()
         for other in self._sharing[edge]:
             for users in (self._writers[other], self._readers[other]):
-                found |= {user for used, user in users if used & cells}
+                for used, user in users:
+                    if used & cells:
+                        found.add(user)
         for users in (self._writers[edge], self._readers[edge]):
             users[:] = [(left, user) for used, user in users if (left := used & ~cells)]
         self._writers[edge].append((cells, node))
