@@ -85,7 +85,8 @@ class Engine:
 
         started = clock()
         self.config = config
-        self._model, self._graph = model, graph
+        self._model = model
+        self.graph = graph
         self._find_policy = partial(
             find_policy,
             graph=graph,
@@ -261,7 +262,7 @@ class Engine:
     def node_costs(self) -> NodeCosts:
         """What nano-operations ask of the device."""
         return NodeCosts(
-            self._graph,
+            self.graph,
             head_dim=self._model.head_dim,
             element_bytes=getattr(torch, self.info.dtype).itemsize,
             experts=self._model.experts,

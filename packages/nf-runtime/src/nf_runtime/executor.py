@@ -92,6 +92,8 @@ class Executor:
         after_layer: Hooks called after each layer.
         sampler: Chooses tokens; requests announce their parameters to it.
         timeline: What ran when, of some iterations.
+        workspace: Where edges are.
+        stream_runner: Runs plans where programs do not.
     """
 
     def __init__(
@@ -142,10 +144,10 @@ class Executor:
         self._page_size = page_size
         self._operations = operations
         self._dtype = weights.model["embedding"].dtype
-        workspace = plan_workspace(graph, self._dtype.itemsize)
+        self.workspace = plan_workspace(graph, self._dtype.itemsize)
         self._activations = Activations(
             graph,
-            workspace,
+            self.workspace,
             dtype=self._dtype,
             device=self._device,
             max_tokens=max_tokens,
@@ -161,8 +163,8 @@ class Executor:
             collectives=collectives or {},
             max_tokens=max_tokens,
         )
-        self._schedules = Schedules(graph, workspace)
-        self._stream_runner = StreamRunner(self._bound)
+        self._schedules = Schedules(graph, self.workspace)
+        self.stream_runner = StreamRunner(self._bound)
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
         self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
@@ -350,7 +352,7 @@ class Executor:
         if self._program_runner is not None and choice.reason is not Reason.HOOKS:
             times = self._program_runner.run(schedule, staged, streams, offload)
         else:
-            times = self._stream_runner.run(
+            times = self.stream_runner.run(
                 schedule,
                 staged,
                 streams if self._program_runner is None else [stream] * len(streams),
