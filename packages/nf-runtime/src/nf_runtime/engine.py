@@ -27,7 +27,7 @@ from nf_runtime.memory_plan import plan_memory
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
-from nf_runtime.pipeline.plan_store import find_policy
+from nf_runtime.pipeline.plan_store import PlanTarget, find_policy, model_fingerprint
 from nf_runtime.replay.recorded_loop import RecordedLoop
 from nf_runtime.replay.recorder import Recorder
 from nf_runtime.rope import cos_sin_table
@@ -94,6 +94,9 @@ class Engine:
             device=name_device(device),
             dtype=str(dtype).removeprefix("torch."),
             plan_dir=config.plan_dir,
+        )
+        self.plan_target = PlanTarget(
+            model_fingerprint(model), name_device(device), str(dtype).removeprefix("torch.")
         )
         policy = self._find_policy(config.overlap)
         plan = plan_memory(
@@ -169,6 +172,7 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             weight_bytes=weights.num_bytes,
             startup_seconds=phases,
+            overlap=policy.describe(config.overlap),
         )
         self._warm_up()
         phases["warm_up"] = clock() - started
