@@ -50,9 +50,15 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_runtime.pipeline.compiler",
         "nf_runtime.pipeline.happens_before",
         "nf_runtime.pipeline.plan",
+        "nf_runtime.pipeline.plan_buckets",
+        "nf_runtime.pipeline.plan_store",
+        "nf_runtime.pipeline.policy",
         "nf_runtime.pipeline.templates",
         "nf_runtime.pipeline.workspace",
+        "nf_runtime.chrome_trace",
+        "nf_runtime.measured",
         "nf_runtime.scheduling",
+        "nf_runtime.timeline",
     ],
 )
 def test_imports_with_torch_blocked(module: str) -> None:

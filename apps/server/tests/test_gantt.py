@@ -27,7 +27,8 @@ def trace(plan: str, times: dict[tuple[str, int, int], tuple[int, int]]) -> Iter
     for number in range(len(schedule.nodes)):
         node = schedule.node(number)
         noted[number] = times.get((node.operation.name, node.layer, node.first), (-1, -1))
-    return IterationTrace(0, 1, 1, np.zeros(1), Reason.PLANNED, schedule, division, noted)
+    contexts = np.zeros(1, dtype=np.int64)
+    return IterationTrace(0, 1, 1, contexts, Reason.PLANNED, schedule, division, times=noted)
 
 
 OVERLAPPED = {

@@ -36,7 +36,8 @@ def made(plan: str, times: dict[tuple[str, int], tuple[int, int]]) -> IterationT
         span = times.get((node.operation.name, node.first))
         if span is not None and node.layer != 1:
             noted[number] = np.array(span) * MS
-    return IterationTrace(7, 16, 6, np.full(7, 100), Reason.PLANNED, schedule, division, noted)
+    contexts = np.full(7, 100)
+    return IterationTrace(7, 16, 6, contexts, Reason.PLANNED, schedule, division, times=noted)
 
 
 SEQUENTIAL = {("embedding", 0): (0, 1), ("qkv_proj", 0): (1, 5), ("logits", 0): (6, 8)}
@@ -148,7 +149,7 @@ def test_a_timeline_keeps_the_last_iterations() -> None:
     for iteration in range(70):
         trace = made("nanoflow", OVERLAPPED)
         trace.iteration = iteration
-        timeline.add(trace, trace.times)
+        timeline.add(trace)
     assert [trace.iteration for trace in timeline.traces] == list(range(6, 70))
     timeline.clear()
     assert not timeline.traces

@@ -24,6 +24,9 @@ from nf_scheduler import Batch
 class Probe:
     """Runs batches on the executor of an engine that has nothing to do.
 
+    It writes over pages that the prefix index of the KV cache may know, so the engine should serve
+    no requests afterwards.
+
     Args:
         engine: Whose requests have all ended.
 
