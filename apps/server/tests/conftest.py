@@ -21,10 +21,12 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from typer.testing import CliRunner
 
 from nf_kvcache.disk import DiskStats
 from nf_kvcache.stats import LowerTierStats
 from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError, SamplingParams
+from nf_server import cli
 from nf_server.app import create_app
 from nf_server.service import InferenceService
 from nf_server.settings import ServerSettings
@@ -404,15 +406,13 @@ def start_live(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
         yield start
 
 
-def run_nanoflow(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "nf_server.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "200"},
-        **kwargs,
+def run_nanoflow(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, which has torch already."""
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(
+        arguments, result.exit_code, stdout=result.stdout, stderr=result.stderr
     )
 
 
@@ -426,7 +426,7 @@ def _only_error_line(result: subprocess.CompletedProcess[str], code: int = 1) ->
 
 @pytest.fixture
 def nanoflow() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line: `nanoflow(*arguments)`."""
+    """Run the command line in this process: `nanoflow(*arguments)`."""
     return run_nanoflow
 
 

@@ -44,10 +44,11 @@ def test_a_plan_can_be_changed_and_shown_again(nanoflow: Nanoflow, tmp_path: Pat
     result = nanoflow("plan", "show", str(path), "--model", DEMO_MODEL)
     assert "0: 33% of all tokens, 1: 67% of all tokens" in result.stdout
     answer = nanoflow(
-        *("generate", DEMO_MODEL, "def f(", "--max-tokens", "4", "--temperature", "0"),
-        *("--overlap", str(path)),
+        *("timeline", DEMO_MODEL, *OPTIONS, "--overlap", str(path), "--iterations", "1", "--json"),
+        *("--prefill", "0", "-o", str(tmp_path / "trace.json")),
     )
     assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["plan"] == "mine"
 
 
 def test_an_illegal_plan_is_refused_with_the_compilers_sentence(
