@@ -51,11 +51,19 @@ class BatchInput(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """An activation: one row of `width` elements per token."""
+    """An activation: one row of `width` elements per token.
+
+    Attributes:
+        name: Unique within its graph.
+        width: Elements of a row.
+        element: Their type.
+        contiguous: Its rows lie one after the other, as what is sent to other ranks must.
+    """
 
     name: str
     width: int
     element: ElementType = ElementType.MODEL
+    contiguous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,8 @@ class Operation:
 
     Attributes:
         name: Unique within its layer.
-        kind: Name of the operation in `nf_kernels.ops`.
+        kind: Name of the operation in `nf_kernels.ops`, or of a collective that
+            `nf_runtime.network_operations` does.
         reads: Edges it reads.
         writes: Edges it writes; an edge may be in both.
         weights: Weights of the layer (or of the model, outside the layers).
