@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nf_kernels.collectives import Communicator
+from nf_kernels.cost import Category
 from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
 from nf_runtime.device_stream import Moment, make_stream
 from nf_runtime.graph import BatchInput, Edge, ElementType, LayerGraph, Operation, Rows
 from nf_runtime.iteration_output import IterationOutput
+from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.row_logprobs import PendingLogprobs, to_host
-from nf_runtime.sampler import Sampler, SamplingPlan
+from nf_runtime.sampler import SamplingPlan, TokenSampler
 from nf_runtime.staged_batch import StagedBatch, stage
 from nf_runtime.staging import StagingRing
 from nf_runtime.weights import ModelWeights
@@ -96,13 +99,14 @@ class Executor:
         weights: ModelWeights,
         kv_layers: list[tuple[Tensor, Tensor]],
         operations: OperationSet,
-        sampler: Sampler,
+        sampler: TokenSampler,
         *,
         cos_sin: Tensor,
         page_size: int,
         max_tokens: int,
         max_requests: int,
         asynchronous: bool = False,
+        communicator: Communicator | None = None,
     ) -> None:
         """Bind the graph to its weights and plan the buffers.
 
@@ -117,6 +121,7 @@ class Executor:
             max_tokens: New tokens of one iteration.
             max_requests: Requests of one iteration, and number of slots.
             asynchronous: Whether an iteration may be launched while another one is in flight.
+            communicator: Of the ranks that run the same batches; None for one alone.
         """
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
@@ -126,6 +131,10 @@ class Executor:
         self._page_size = page_size
         self._cos_sin = cos_sin
         self._operations = operations
+        self._stream = make_stream(self._device, operations)
+        self._network = None
+        if communicator is not None:
+            self._network = NetworkOperations(communicator, self._stream)
         self._edges = graph.edges
         self._signatures: list[Operation] = []
         self._selected_edges = graph.selected_edges
@@ -153,7 +162,6 @@ class Executor:
         ]
         self._epilogue = self._bind(graph.epilogue, weights.model, None)
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
-        self._stream = make_stream(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
         self._launched: deque[_Launched] = deque()
 
@@ -177,6 +185,10 @@ class Executor:
             launched = self._run_iteration(batch, staged, plan, offload)
         self._ring.release(uploaded or launched.done)
         self._launched.append(launched)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Have a function called on the device's stream, behind what was launched."""
+        self._stream.call(function)
 
     def poll(self) -> IterationOutput:
         """Result of the oldest iteration that was launched and not polled; waits for it.
@@ -228,6 +240,8 @@ class Executor:
         sampled, logprobs = None, None
         if num_sampled:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
+            if self._network is not None:  # zero on all ranks but the one that samples
+                self._network["all_reduce"](x=sampled, out=sampled)
             self._operations["keep_sampled"](
                 sampled=sampled,
                 slots=buffer.on_device("sample_slots"),
@@ -291,7 +305,11 @@ class Executor:
                     fixed[name] = caches[source is BatchInput.V_CACHE]
             if operation.kind == "moe_experts":
                 fixed["scratch"] = self._scratch
-            function = self._operations[operation.kind]
+            function = (
+                self._network[operation.kind]
+                if self._network is not None and operation.category is Category.NETWORK
+                else self._operations[operation.kind]
+            )
             bound.append(
                 _BoundOperation(
                     operation.kind, function, fixed, self._signature(operation), operation.rows

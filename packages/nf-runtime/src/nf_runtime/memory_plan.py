@@ -2,10 +2,11 @@
 
 The rule: what the weights and the largest iteration leave of the memory that is free, less a
 reserve, is for KV. On a CPU, whose memory belongs to others as well, it is a share of all memory at
-most, unless a size was given.
+most, unless a size was given. Of several ranks each has a plan of its own; those on a CPU have equal
+parts of its memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -18,6 +19,7 @@ from nf_runtime.graph import ElementType
 from nf_runtime.kv_tiers import host_tier_bytes
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import decoder_graph, find_family, layer_weights, model_weights
+from nf_runtime.parallelism import WHOLE, Shard
 
 # Of all memory of a CPU: what KV takes when nobody says how much, and what then stays for others.
 _CPU_SHARE = 0.1
@@ -41,8 +43,8 @@ class MemoryPlan:
     Attributes:
         device: Name of the device.
         total_bytes: Its memory.
-        free_bytes: What of it can be had.
-        weight_bytes: Weights; if they are loaded already, `free_bytes` is what they left.
+        free_bytes: What of it can be had, by each rank.
+        weight_bytes: Weights of the rank; if they are loaded already, `free_bytes` is what they left.
         weights_loaded: Whether they are.
         workspace_bytes: Activations, tables and temporaries of the largest iteration.
         host_tier_bytes: Of the host tier, where that is in the same memory; else 0.
@@ -102,6 +104,7 @@ def plan_memory(
     dtype: torch.dtype,
     *,
     loaded_weight_bytes: int | None = None,
+    rank: int = 0,
 ) -> MemoryPlan:
     """Divide the memory of a device.
 
@@ -110,12 +113,23 @@ def plan_memory(
         model: What is to run.
         memory: Of the device, as it is now, or as somebody says.
         dtype: Of weights, activations and KV.
-        loaded_weight_bytes: Weights that are in that memory by now; None before they are loaded.
+        loaded_weight_bytes: Weights of the rank that are in that memory by now; None before they
+            are loaded.
+        rank: Whose plan it is.
 
     Raises:
-        ModelLoadError: max_model_len is more than the model was made for.
+        ModelLoadError: max_model_len is more than the model was made for, or the model cannot be
+            divided between so many ranks.
     """
     config = config.on_device(memory.kind)
+    shard = config.shard(rank)
+    local = shard.local(model)
+    if memory.kind == "cpu":
+        memory = replace(
+            memory,
+            total_bytes=memory.total_bytes // shard.size,
+            free_bytes=memory.free_bytes // shard.size,
+        )
     wanted_len = config.max_model_len or model.max_position
     if wanted_len > model.max_position:
         raise ModelLoadError(
@@ -123,11 +137,13 @@ def plan_memory(
         )
     page_size = config.page_size
     layout = KVLayout(
-        model.num_layers, model.num_kv_heads, model.head_dim, dtype, page_size=page_size
+        local.num_layers, local.num_kv_heads, local.head_dim, dtype, page_size=page_size
     )
     page_bytes = layout.bytes_per_page
     is_loaded = loaded_weight_bytes is not None
-    weights = loaded_weight_bytes if loaded_weight_bytes is not None else weight_bytes(model, dtype)
+    weights = loaded_weight_bytes
+    if weights is None:
+        weights = weight_bytes(model, dtype, shard)
     workspace = workspace_bytes(config, model, dtype, memory.kind, wanted_len)
     host_tier = host_tier_bytes(config) if memory.kind == "cpu" else 0
     reserve = int(memory.total_bytes * (_CPU_RESERVE if memory.kind == "cpu" else _GPU_RESERVE))
@@ -166,12 +182,12 @@ def plan_memory(
     )
 
 
-def weight_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights of a model, as they are before an operation set packs them."""
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE) -> int:
+    """Bytes of all weights of a rank, as they are before an operation set packs them."""
     family = find_family(model.architecture)
-    specs = [*model_weights(model)]
+    specs = [*model_weights(model, shard)]
     for layer in range(model.num_layers):
-        specs += layer_weights(model, family, layer)
+        specs += layer_weights(model, family, layer, shard)
     return sum(prod(spec.shape) for spec in specs) * dtype.itemsize
 
 
@@ -187,17 +203,27 @@ def workspace_bytes(
         kind: Of device: `cpu` or `cuda`.
         max_len: Of the longest sequence, in tokens.
     """
-    graph = decoder_graph(model)
+    shard = config.shard()
+    graph = decoder_graph(model, shard)
     sizes = {ElementType.INT64: 8, ElementType.FLOAT32: 4}
-    total = 0
+    edge_bytes = {}
     for edge in graph.edges.values():
         is_selected = edge.name in graph.selected_edges
         rows = config.max_num_seqs if is_selected else config.batch_tokens
-        total += rows * edge.width * sizes.get(edge.element, dtype.itemsize)
+        edge_bytes[edge.name] = rows * edge.width * sizes.get(edge.element, dtype.itemsize)
+    total = sum(edge_bytes.values())
+    # What is gathered from all ranks lies rank by rank first.
+    gathers = {
+        edge_bytes[operation.reads["x"]]
+        for part in (*graph.layers, graph.epilogue)
+        for operation in part
+        if operation.kind == "all_gather"
+    }
+    total += shard.size * max(gathers, default=0)
     total += max_len * model.head_dim * 4  # the table of RoPE
     total += config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES[kind]
     if model.sparse_layers:  # x, gate and up, activated, and the result of every chosen expert
-        per_row = 2 * model.hidden_size + 3 * model.expert_intermediate_size
+        per_row = 2 * model.hidden_size + 3 * len(shard.expert_inner(model))
         total += config.batch_tokens * model.experts_per_token * per_row * 4
     return total + (_GPU_LIBRARY_BYTES if kind == "cuda" else 0)
 

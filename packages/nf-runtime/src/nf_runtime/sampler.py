@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -77,6 +78,23 @@ class SamplingPlan:
     prompt_rows: np.ndarray
 
 
+class TokenSampler(Protocol):
+    """What chooses tokens for an executor. `Sampler` is one."""
+
+    def plan(self, batch: Batch) -> SamplingPlan:
+        """As `Sampler.plan`."""
+
+    def sample(
+        self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer, stream: DeviceStream
+    ) -> tuple[Tensor, PendingLogprobs | None]:
+        """As `Sampler.sample`."""
+
+    def prompt_logprobs(
+        self, plan: SamplingPlan, logits: Tensor, stream: DeviceStream
+    ) -> list[tuple[int, PendingLogprobs]]:
+        """As `Sampler.prompt_logprobs`."""
+
+
 class Sampler:
     """Samples with the parameters of each request, vectorized over the batch.
 
@@ -150,7 +168,6 @@ class Sampler:
         self._settle(request_ids, slots)
         positions = batch.context_lens[rows] + np.diff(batch.query_start)[rows]
         spans = self._prompt_spans(batch)
-        prompt_rows = [np.arange(span.row, span.row + span.count) for span in spans]
         return SamplingPlan(
             slots=slots,
             arrays={
@@ -167,8 +184,12 @@ class Sampler:
                 for name in (request_ids[row],)
             ],
             prompt_spans=spans,
-            prompt_rows=np.concatenate([np.empty(0, dtype=np.int64), *prompt_rows]),
+            prompt_rows=_rows_of(spans),
         )
+
+    def prompt_rows(self, batch: Batch) -> np.ndarray:
+        """Rows of prompts whose log-probabilities are wanted, int64, as in the batch's plan."""
+        return _rows_of(self._prompt_spans(batch))
 
     def sample(
         self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer, stream: DeviceStream
@@ -264,6 +285,12 @@ class Sampler:
                 or params.min_tokens
                 or params.logprobs is not None
             )
+
+
+def _rows_of(spans: list[_PromptSpan]) -> np.ndarray:
+    """The rows of some spans, int64."""
+    rows = [np.arange(span.row, span.row + span.count) for span in spans]
+    return np.concatenate([np.empty(0, dtype=np.int64), *rows])
 
 
 class _SpecialRows:

@@ -60,10 +60,12 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     shard: Shard = WHOLE,
+    check: Callable[[], None] = lambda: None,
 ) -> ModelWeights:
     """Read the weights of a rank from a checkpoint, with a progress bar on a terminal.
 
-    The first rank speaks for all: the others have no bar, and do not warn of what nobody uses.
+    The first rank speaks for all: the others have no bar, and do not warn of what nobody uses. What
+    `check` raises, which is called before each layer, ends the loading.
 
     Raises:
         ModelLoadError: A tensor is missing or has another shape than config.json says.
@@ -80,7 +82,7 @@ def load_weights(
         used.update(source.name for spec in whole for source in spec.sources)
         return loaded
 
-    weights = _load_groups(config, family, shard, load)
+    weights = _load_groups(config, family, shard, load, check)
     unused = sorted(n for n in checkpoint.files if n not in used and _is_expected(n, config))
     if unused and shard.rank == 0:
         _log.warning(
@@ -99,10 +101,12 @@ def make_weights(
     device: torch.device,
     seed: int,
     shard: Shard = WHOLE,
+    check: Callable[[], None] = lambda: None,
 ) -> ModelWeights:
     """Random weights (normal, standard deviation 0.02; norms are one), the same for one seed.
 
-    Every rank makes all of them, a layer at a time, and keeps its part.
+    Every rank makes all of them, a layer at a time, and keeps its part. `check` is that of
+    `load_weights`.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -126,7 +130,7 @@ def make_weights(
                 part.copy_(rows if columns is None else rows[:, columns])
         return kept
 
-    return _load_groups(config, family, shard, make)
+    return _load_groups(config, family, shard, make, check)
 
 
 def pack_weights(weights: ModelWeights, graph: LayerGraph, operations: OperationSet) -> None:
@@ -149,6 +153,7 @@ def _load_groups(
     family: Family,
     shard: Shard,
     load: Callable[[Specs, Specs], dict[str, Tensor]],
+    check: Callable[[], None],
 ) -> ModelWeights:
     """All groups of weights, by a function of what this rank has of one, and of the whole."""
     model = load(model_weights(config, shard), model_weights(config))
@@ -158,10 +163,11 @@ def _load_groups(
         unit="layer",
         disable=True if shard.rank else None,
     )
-    layers = [
-        load(layer_weights(config, family, layer, shard), layer_weights(config, family, layer))
-        for layer in numbers
-    ]
+    layers = []
+    for layer in numbers:
+        check()
+        whole = layer_weights(config, family, layer)
+        layers.append(load(layer_weights(config, family, layer, shard), whole))
     return ModelWeights(model=model, layers=layers)
 
 
