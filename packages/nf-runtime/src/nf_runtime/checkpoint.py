@@ -80,8 +80,9 @@ class Checkpoint:
     def copy(self, pieces: Iterable[Piece]) -> None:
         """Copy tensors, or parts of them, into place, converting their dtype.
 
-        Only the parts are read. The files are mapped for some rows at a time: what has been read leaves memory again, and a
-        model is loaded with little more than its own size, however large its tensors are.
+        Only the parts are read. The files are mapped for some rows at a time: what has been read
+        leaves memory again, and a model is loaded with little more than its own size, however large
+        its tensors are.
 
         Raises:
             ModelLoadError: A tensor is missing or has another shape; the file is named.
@@ -91,8 +92,8 @@ class Checkpoint:
             shape = self.shape(piece.name)
             if shape != piece.shape:
                 raise ModelLoadError(
-                    f"{self.files[piece.name]}: tensor {piece.name!r} is {list(shape)}; config.json "
-                    f"makes it {list(piece.shape)}"
+                    f"{self.files[piece.name]}: tensor {piece.name!r} is {list(shape)}; "
+                    f"config.json makes it {list(piece.shape)}"
                 )
             by_file[self.files[piece.name]].append(piece)
         for path, in_file in by_file.items():

@@ -177,14 +177,14 @@ class EngineConfig:
         size = self.tensor_parallel_size
         if size == 1 and self.expert_parallel:
             raise NanoFlowError(
-                "expert_parallel is set and tensor_parallel_size is 1, which has all experts on one "
-                "rank; raise tensor_parallel_size, or leave it out"
+                "expert_parallel is set and tensor_parallel_size is 1, which has all experts on "
+                "one rank; raise tensor_parallel_size, or leave it out"
             )
         if size > 1 and self.has_lower_tiers:
             name = "kv_host_bytes" if self.kv_ssd_dir is None else "kv_ssd_dir"
             raise NanoFlowError(
-                f"tensor_parallel_size is {size} and {name} is set, but KV of several ranks is kept "
-                f"on their devices alone; leave one of them out"
+                f"tensor_parallel_size is {size} and {name} is set, but KV of several ranks is "
+                f"kept on their devices alone; leave one of them out"
             )
         if size > 1 and self.device.startswith("cuda:"):
             raise NanoFlowError(

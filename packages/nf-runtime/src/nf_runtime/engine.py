@@ -66,8 +66,7 @@ class Engine:
         try:
             self._start(config)
         except BaseException:
-            if self._group is not None:
-                self._group.close()
+            self._end_ranks()
             raise
         if self._group is not None:
             self._group.started()
@@ -245,11 +244,14 @@ class Engine:
         if self._recorder is not None:
             self._recorder.close()
         self.executor.close()
+        self._end_ranks()
+        self.kv_cache.close()
+
+    def _end_ranks(self) -> None:
         if self._group is not None:
             self._group.close()
         if self._communicator is not None:
             self._communicator.close()
-        self.kv_cache.close()
 
     def watch_ranks(self, watcher: Callable[[str], None]) -> None:
         """Have a function called, on another thread, with the reason, when another rank ends.

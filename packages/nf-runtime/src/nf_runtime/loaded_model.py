@@ -136,6 +136,4 @@ def load_model(
     operations = ops.load(device, native=config.native_kernels)
     digest = weights.digest() if config.kv_ssd_dir is not None else ""
     pack_weights(weights, graph, operations)
-    return LoadedModel(
-        config, model, shard, device, dtype, graph, weights, operations, digest
-    )
+    return LoadedModel(config, model, shard, device, dtype, graph, weights, operations, digest)

@@ -2,8 +2,8 @@
 
 The rule: what the weights and the largest iteration leave of the memory that is free, less a
 reserve, is for KV. On a CPU, whose memory belongs to others as well, it is a share of all memory at
-most, unless a size was given. Of several ranks each has a plan of its own; those on a CPU have equal
-parts of its memory.
+most, unless a size was given. Of several ranks each has a plan of its own; those on a CPU have
+equal parts of its memory.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +44,8 @@ class MemoryPlan:
         device: Name of the device.
         total_bytes: Its memory.
         free_bytes: What of it can be had, by each rank.
-        weight_bytes: Weights of the rank; if they are loaded already, `free_bytes` is what they left.
+        weight_bytes: Weights of the rank; if they are loaded already, `free_bytes` is what they
+            left.
         weights_loaded: Whether they are.
         workspace_bytes: Activations, tables and temporaries of the largest iteration.
         host_tier_bytes: Of the host tier, where that is in the same memory; else 0.

@@ -111,7 +111,8 @@ def make_weights(
     generator = torch.Generator(device).manual_seed(seed)
 
     def make(specs: Specs, whole: Specs) -> dict[str, Tensor]:
-        made, sources = {}, {}
+        made: dict[str, Tensor] = {}
+        sources: dict[str, Tensor] = {}
         for spec in whole:
             tensor = torch.empty(spec.shape, dtype=dtype, device=device)
             is_norm = spec.name.endswith("norm")

@@ -1,4 +1,4 @@
-"""The other ranks, as rank 0 sees them: it starts them, tells them what to do, and sees them end."""
+"""The other ranks, as rank 0 sees them: it starts them, tells them what to do, sees them end."""
 
 import json
 import logging
@@ -96,9 +96,7 @@ class RankGroup:
             said.append(message[name])
         return said
 
-    def connect(
-        self, device: torch.device, *, num_pages: int, max_model_len: int
-    ) -> Communicator:
+    def connect(self, device: torch.device, *, num_pages: int, max_model_len: int) -> Communicator:
         """Let all ranks make their KV cache and connect; gives the communicator of rank 0.
 
         Raises:
@@ -111,9 +109,7 @@ class RankGroup:
 
         def run() -> None:
             try:
-                results.put(
-                    connect(device=device, rank=0, world_size=self.size, address=address)
-                )
+                results.put(connect(device=device, rank=0, world_size=self.size, address=address))
             except Exception as error:
                 results.put(error)
 
