@@ -47,6 +47,11 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_runtime.model_config",
         "nf_runtime.models",
         "nf_runtime.sampling_params",
+        "nf_runtime.pipeline.compiler",
+        "nf_runtime.pipeline.happens_before",
+        "nf_runtime.pipeline.plan",
+        "nf_runtime.pipeline.templates",
+        "nf_runtime.pipeline.workspace",
         "nf_runtime.scheduling",
     ],
 )

@@ -19,7 +19,7 @@ struct AttentionArgs {
   const void* k_cache;         // [pages, num_kv_heads, page_size, head_dim]
   const void* v_cache;         // as k_cache
   const int32_t* page_table;   // [requests, page_table_stride]
-  const int32_t* query_start;  // [requests + 1], rows of q by request; null: one each
+  const int32_t* query_start;  // [requests + 1], rows of q by request, from any number on; null: one each
   const int32_t* seq_lens;     // [requests], tokens in pages including the queries
   void* out;                   // [tokens, num_heads, head_dim], rows out_stride apart
   float* lse;                  // [tokens, num_heads] or null: logarithm of the sum of exponentials of the scores
@@ -29,7 +29,10 @@ struct AttentionArgs {
   float soft_cap;              // scores become soft_cap * tanh(score / soft_cap); 0: as they are
   int64_t window;              // keys a query sees, itself included; 0: all
 
-  int64_t first_row(int64_t request) const { return query_start ? query_start[request] : request; }
+  // Of a request, in q.
+  int64_t first_row(int64_t request) const {
+    return query_start ? int64_t{query_start[request]} - query_start[0] : request;
+  }
 };
 
 struct MergeArgs {

@@ -1,17 +1,13 @@
 #include "lane.h"
 
-#include <chrono>
 #include <exception>
 #include <stdexcept>
 #include <utility>
 
+#include "clock.h"
+
 namespace nf {
 namespace {
-
-int64_t now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 std::vector<int> all_but_first(const std::vector<int>& cores) {
   if (cores.empty()) throw std::invalid_argument("cores is empty; expected at least one");
@@ -29,7 +25,7 @@ int64_t at_least_one(int64_t threads) {
 
 void Event::set(bool failed) {
   failed_ = failed;
-  time_.store(now(), std::memory_order_release);
+  time_.store(steady_nanoseconds(), std::memory_order_release);
   time_.notify_all();
 }
 
@@ -70,11 +66,9 @@ void Lane::push(Queued queued) {
   pushed_.notify_one();
 }
 
-void Lane::submit(Command command) {
-  push({[this, command = std::move(command)] { helpers_.run(command); }, false});
-}
+void Lane::submit(std::function<void()> command) { push({std::move(command), false}); }
 
-void Lane::submit_alone(std::function<void()> command) { push({std::move(command), false}); }
+void Lane::submit_always(std::function<void()> command) { push({std::move(command), true}); }
 
 std::shared_ptr<Event> Lane::record() {
   auto event = std::make_shared<Event>();

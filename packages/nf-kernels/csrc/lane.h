@@ -43,11 +43,11 @@ class Lane {
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
-  // Queues a command, which all threads of the lane run together. It must not throw.
-  void submit(Command command);
-  // Queues a command that one thread runs while the others wait. What it throws is the lane's error, after which
-  // commands are dropped until `synchronize` has told of it.
-  void submit_alone(std::function<void()> command);
+  // Queues a command, which runs its kernels on the lane's threads. What it throws is the lane's error, after which commands
+  // are dropped until `synchronize` has told of it.
+  void submit(std::function<void()> command);
+  // As `submit`, for a command that runs after an error, too: others wait for what it does.
+  void submit_always(std::function<void()> command);
   std::shared_ptr<Event> record();
   // What is submitted from now on runs after the event.
   void wait(std::shared_ptr<Event> event);
@@ -55,6 +55,9 @@ class Lane {
   void synchronize();
   // The lane's error, if there is one by now, which stays: commands are dropped until `synchronize` has told of it.
   std::string error();
+
+  // For the lane's commands alone.
+  Threads& threads() { return helpers_; }
 
   const std::vector<int>& cores() const { return cores_; }
 

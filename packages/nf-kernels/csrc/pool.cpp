@@ -33,26 +33,24 @@ void Pool::stop() {
   }
 }
 
-void Pool::run(const Command& command) {
+void Pool::run_together(const Command& kernel) {
   int64_t taken = 0;
+  if (helpers_.empty()) return kernel(Team{0, 1, &taken});
   const std::unique_lock lock(running_, std::try_to_lock);
-  if (!lock.owns_lock() || helpers_.empty()) {
-    command(Team{0, size(), &taken});
-    return;
-  }
+  if (!lock.owns_lock()) return kernel(Team{0, size(), &taken});
   const int core = pinned_ ? -1 : current_core();
   for (Helper& helper : helpers_) {
     if (core < 0 || helper.core.load(std::memory_order_relaxed) != core) continue;
     helper.forbidden.set(helper.thread, core);
     helper.core.store(-1, std::memory_order_relaxed);
   }
-  command_ = &command;
+  kernel_ = &kernel;
   taken_ = 0;
   finished_.store(0, std::memory_order_relaxed);
   const uint32_t number = (gate_.load(std::memory_order_relaxed) & ~(kNumber - 1)) + kNumber;
   gate_.store(number | kOpen, std::memory_order_release);
   gate_.notify_all();
-  command(Team{0, size(), &taken_});
+  kernel(Team{0, size(), &taken_});
   const uint32_t joined = gate_.fetch_and(~kOpen, std::memory_order_acq_rel) & kJoined;
   for (uint32_t finished = finished_.load(std::memory_order_acquire); finished < joined;
        finished = finished_.load(std::memory_order_acquire)) {
@@ -66,13 +64,13 @@ void Pool::help(Helper& helper, int64_t index) {
     if (stopping_.load()) return;
     if ((gate & kOpen) == 0 || gate / kNumber == seen / kNumber) {
       helper.core.store(current_core(), std::memory_order_relaxed);
-      // Asleep for as many commands as there are numbers, it would miss one: nobody waits for it.
+      // Asleep for as many kernels as there are numbers, it would miss one: nobody waits for it.
       wait_for_change(gate_, gate);
       continue;
     }
     if (!gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) continue;
     seen = gate;
-    (*command_)(Team{index, size(), &taken_});
+    (*kernel_)(Team{index, size(), &taken_});
     finished_.fetch_add(1, std::memory_order_acq_rel);
     finished_.notify_one();
   }

@@ -4,34 +4,29 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "cores.h"
-#include "team.h"
+#include "threads.h"
 
 namespace nf {
 
-using Command = std::function<void(const Team&)>;
-
-// A thread that is late is not waited for: whoever calls `run` takes all tasks that no helper has taken, and then waits
+// A thread that is late is not waited for: whoever runs a kernel takes all tasks that no helper has taken, and then waits
 // for those alone that are at work. So a helper that the system has put aside for another program holds nobody up.
 //
 // The system often wakes a helper on the core of the thread that woke it, where it waits for that one's time slice to end
 // though other cores idle. A helper that was last seen there is moved away first.
-class Pool {
+class Pool : public Threads {
  public:
   // Starts `helpers` threads; with `cores`, each is pinned to its own. Throws std::runtime_error when a core cannot be had.
   explicit Pool(int64_t helpers, const std::vector<int>& cores = {});
-  ~Pool();
-  Pool(const Pool&) = delete;
-  Pool& operator=(const Pool&) = delete;
+  ~Pool() override;
 
-  // Runs a command on this thread, which is the team's first, and on the helpers that come in time. It must not throw.
-  // When another thread is in here, this one runs the command alone.
-  void run(const Command& command);
+  // Runs a kernel on this thread, which is the team's first, and on the helpers that come in time. When another thread is
+  // in here, this one runs the kernel alone.
+  void run_together(const Command& kernel) override;
 
   int64_t size() const { return static_cast<int64_t>(helpers_.size()) + 1; }
 
@@ -48,9 +43,9 @@ class Pool {
   std::deque<Helper> helpers_;
   bool pinned_;
   std::mutex running_;
-  const Command* command_ = nullptr;
+  const Command* kernel_ = nullptr;
   int64_t taken_ = 0;
-  // Number of the command, whether helpers may still join, how many have. A helper joins by counting itself.
+  // Number of the kernel, whether helpers may still join, how many have. A helper joins by counting itself.
   std::atomic<uint32_t> gate_{0};
   std::atomic<uint32_t> finished_{0};
   std::atomic<bool> stopping_{false};

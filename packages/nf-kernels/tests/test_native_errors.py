@@ -180,7 +180,7 @@ def test_rope_append_heads(native, changed, message):
     ("page_table", [[4, 0, 2], [-1, 3, 0]], r"page_table\[0\] is -1; expected 0 to 4"),
     ("query_start", [0, 2, 4], "query_start runs from 0 to 4; expected 0 to 3, the rows of q"),
     ("query_start", [0, 1, 2], "query_start runs from 0 to 2; expected 0 to 3, the rows of q"),
-    ("query_start", [1, 2, 3], "query_start runs from 1 to 3; expected 0 to 3"),
+    ("query_start", [1, 2, 3], "query_start runs from 1 to 3; expected 1 to 4"),
     ("query_start", [0, 0, 3], "request 0 has 0 queries by query_start"),
     ("query_start", [0, 5, 3], "request 1 has -2 queries by query_start"),
     ("seq_lens", [13, 8], "13 tokens by seq_lens; .*at most 12 tokens, the page_table's width"),

@@ -9,7 +9,8 @@ import torch
 
 from nf_kernels import native_status
 from nf_kernels.ops import CPU, REFERENCE
-from nf_runtime.device_stream import DeviceStream, InlineStream, LaneStream, Moment, make_stream
+from nf_runtime.device_api import make_device_api
+from nf_runtime.device_stream import DeviceStream, InlineStream, LaneStream, Moment
 
 needs_native = pytest.mark.skipif(
     not native_status().available, reason="a lane needs the native kernels"
@@ -19,7 +20,7 @@ needs_native = pytest.mark.skipif(
 @pytest.fixture(params=["inline", pytest.param("lane", marks=needs_native)])
 def stream(request: pytest.FixtureRequest) -> Iterator[DeviceStream]:
     operations = CPU if request.param == "lane" else REFERENCE
-    stream = make_stream(torch.device("cpu"), operations)
+    stream = make_device_api(torch.device("cpu"), operations).stream
     yield stream
     stream.close()
 
@@ -31,14 +32,14 @@ def reach(moment: Moment) -> None:
 
 @needs_native
 def test_native_operations_of_a_cpu_run_on_a_lane() -> None:
-    stream = make_stream(torch.device("cpu"), CPU)
+    stream = make_device_api(torch.device("cpu"), CPU).stream
     assert isinstance(stream, LaneStream)
     seen: list[int] = []
     stream.call(lambda: seen.append(threading.get_native_id()))
     stream.record().wait()
     assert seen != [threading.get_native_id()]
     stream.close()
-    assert isinstance(make_stream(torch.device("cpu"), REFERENCE), InlineStream)
+    assert isinstance(make_device_api(torch.device("cpu"), REFERENCE).stream, InlineStream)
 
 
 def test_calls_and_operations_keep_their_order(stream: DeviceStream) -> None:
@@ -57,7 +58,7 @@ def test_calls_and_operations_keep_their_order(stream: DeviceStream) -> None:
 
 @needs_native
 def test_a_lane_runs_beside_who_gives_it_work() -> None:
-    stream = make_stream(torch.device("cpu"), CPU)
+    stream = make_device_api(torch.device("cpu"), CPU).stream
     go = threading.Event()
     stream.call(go.wait)
     moment = stream.record()
@@ -87,7 +88,7 @@ def test_what_fails_is_raised_where_it_is_waited_for(stream: DeviceStream) -> No
 
 @needs_native
 def test_an_operation_that_fails_on_a_lane() -> None:
-    stream = make_stream(torch.device("cpu"), CPU)
+    stream = make_device_api(torch.device("cpu"), CPU).stream
     with stream:
         CPU["keep_sampled"](
             sampled=torch.zeros(1, dtype=torch.int64),
@@ -105,7 +106,7 @@ def test_an_operation_that_fails_on_a_lane() -> None:
 
 @needs_native
 def test_what_fails_later_does_not_fail_what_was_before() -> None:
-    stream = make_stream(torch.device("cpu"), CPU)
+    stream = make_device_api(torch.device("cpu"), CPU).stream
     good = stream.record()
     stream.call(lambda: 1 // 0)
     bad = stream.record()
@@ -129,7 +130,7 @@ def test_calls_compute_in_inference_mode(stream: DeviceStream) -> None:
 
 @needs_native
 def test_a_stream_ends_after_what_it_was_given() -> None:
-    stream = make_stream(torch.device("cpu"), CPU)
+    stream = make_device_api(torch.device("cpu"), CPU).stream
     seen: list[int] = []
 
     def slowly() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 
-from nf_kernels import lanes, native_status
-from nf_kernels.ops import CPU, OperationSet
+from nf_kernels import lanes
 
 
 class Moment(Protocol):
@@ -25,6 +26,9 @@ class Moment(Protocol):
         Raises:
             Exception: What failed. What comes behind is not done then, until `synchronize`.
         """
+
+    def nanoseconds_since(self, earlier: Moment) -> int:
+        """Time between an earlier moment of any stream of the device and this one, both timed."""
 
 
 class DeviceStream(Protocol):
@@ -51,8 +55,15 @@ class DeviceStream(Protocol):
         It may run at once, if all that it does there keeps its turn, or on another thread.
         """
 
-    def record(self) -> Moment:
-        """The place behind all that was given so far."""
+    def record(self, *, timed: bool = False) -> Moment:
+        """The place behind all that was given so far.
+
+        Args:
+            timed: Whether its time will be asked for.
+        """
+
+    def wait(self, moment: Moment) -> None:
+        """Let what is given from now on come behind a moment of another stream of the device."""
 
     def synchronize(self) -> None:
         """Wait for everything; what has failed is forgotten."""
@@ -64,8 +75,17 @@ class DeviceStream(Protocol):
 class _Now:
     """The moment at which all work that was given is done."""
 
+    def __init__(self) -> None:
+        self._time = time.perf_counter_ns()
+
     def wait(self) -> None:
         """There is nothing to wait for."""
+
+    def nanoseconds_since(self, earlier: Moment) -> int:
+        """As `Moment`."""
+        if not isinstance(earlier, _Now):
+            raise ValueError("the moments are of different devices")
+        return self._time - earlier._time
 
     def check(self) -> None:
         """What fails is raised by the call that gives it."""
@@ -90,9 +110,12 @@ class InlineStream:
         """Call it now."""
         function()
 
-    def record(self) -> Moment:
+    def record(self, *, timed: bool = False) -> Moment:
         """Now."""
         return _Now()
+
+    def wait(self, moment: Moment) -> None:
+        """All moments have passed."""
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
@@ -111,11 +134,15 @@ class CudaStream(InlineStream):
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def record(self) -> Moment:
+    def record(self, *, timed: bool = False) -> Moment:
         """An event of the stream."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(enable_timing=timed)
         event.record(torch.cuda.current_stream(self._device))
         return _CudaMoment(event)
+
+    def wait(self, moment: Moment) -> None:
+        """Let the stream wait for an event."""
+        torch.cuda.current_stream(self._device).wait_event(_cuda_event(moment))
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -124,26 +151,38 @@ class CudaStream(InlineStream):
 
 class _CudaMoment:
     def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+        self.event = event
 
     def wait(self) -> None:
         """Block until the stream has got there."""
-        self._event.synchronize()
+        self.event.synchronize()
 
     def check(self) -> None:
         """CUDA raises what fails on a device when it is waited for."""
 
+    def nanoseconds_since(self, earlier: Moment) -> int:
+        """As `Moment`."""
+        milliseconds: float = _cuda_event(earlier).elapsed_time(self.event)
+        return round(milliseconds * 1e6)
 
-class LaneStream:
-    """A CPU whose kernels run on threads of their own, without the GIL: a lane of all of it.
+
+def _cuda_event(moment: Moment) -> torch.cuda.Event:
+    if not isinstance(moment, _CudaMoment):
+        raise ValueError("the moment is not of a stream of a CUDA device")
+    return moment.event
+
+
+class CudaLaneStream(InlineStream):
+    """A lane of a CUDA device: a stream whose kernels have a share of it.
 
     Args:
+        device: Which.
         lane: The lane.
     """
 
-    def __init__(self, lane: lanes.CpuLane) -> None:
+    def __init__(self, device: torch.device, lane: lanes.Lane) -> None:
         self._lane = lane
-        self._error: BaseException | None = None  # of a function that was called
+        self._stream = CudaStream(device)
 
     def __enter__(self) -> Self:
         """As `DeviceStream`."""
@@ -160,61 +199,113 @@ class LaneStream:
         self._lane.__exit__(kind, error, trace)
 
     def call(self, function: Callable[[], object]) -> None:
+        """Call it now, for the lane."""
+        with self:
+            function()
+
+    def record(self, *, timed: bool = False) -> Moment:
+        """An event of the lane's stream."""
+        with self:
+            return self._stream.record(timed=timed)
+
+    def wait(self, moment: Moment) -> None:
+        """Let the lane's stream wait for an event."""
+        with self:
+            self._stream.wait(moment)
+
+    def synchronize(self) -> None:
+        """Wait for the lane."""
+        self._lane.synchronize()
+
+    def close(self) -> None:
+        """Give the units back."""
+        self._lane.close()
+
+
+class LaneStream:
+    """A CPU whose kernels run on threads of their own, without the GIL: a lane of all of it.
+
+    Args:
+        lane: The lane.
+
+    Attributes:
+        lane: See above.
+    """
+
+    def __init__(self, lane: lanes.CpuLane) -> None:
+        self.lane = lane
+        self._error: BaseException | None = None  # of a function that was called
+
+    def __enter__(self) -> Self:
+        """As `DeviceStream`."""
+        self.lane.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """As `DeviceStream`."""
+        self.lane.__exit__(kind, error, trace)
+
+    def call(self, function: Callable[[], object]) -> None:
         """Have it called by a thread of the lane."""
+        self.lane.call(partial(self.attend, function))
 
-        def run() -> None:
-            try:
-                with torch.inference_mode():
-                    function()
-            except BaseException as error:
-                self._error = error
-                raise
+    def attend(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function on a thread of the lane, and remember what it raises."""
+        try:
+            with torch.inference_mode():
+                function(*arguments)
+        except BaseException as error:
+            self._error = error
+            raise
 
-        self._lane.call(run)
-
-    def record(self) -> Moment:
+    def record(self, *, timed: bool = False) -> Moment:
         """An event of the lane."""
-        return _LaneMoment(self, self._lane.record())
+        return _LaneMoment(self, self.lane.record())
+
+    def wait(self, moment: Moment) -> None:
+        """Let the lane wait for an event of another one."""
+        self.lane.wait(_lane_event(moment))
 
     def synchronize(self) -> None:
         """Wait for the lane."""
         with contextlib.suppress(ValueError):
-            self._lane.synchronize()
+            self.lane.synchronize()
         self._error = None  # until here, everything behind what has failed was dropped
 
     def close(self) -> None:
         """End the threads."""
-        self._lane.close()
+        self.lane.close()
 
     def failure(self) -> BaseException:
         """What has failed."""
-        return self._error or ValueError(self._lane.error)
+        return self._error or ValueError(self.lane.error)
 
 
 class _LaneMoment:
     def __init__(self, stream: LaneStream, event: lanes.CpuEvent) -> None:
         self._stream = stream
-        self._event = event
+        self.event = event
 
     def wait(self) -> None:
         """Block until the lane has got there."""
-        self._event.wait()
+        self.event.wait()
 
     def check(self) -> None:
         """Raise what has failed before this; not what has behind it."""
-        if self._event.failed:
+        if self.event.failed:
             raise self._stream.failure()
 
+    def nanoseconds_since(self, earlier: Moment) -> int:
+        """As `Moment`."""
+        return round(self.event.seconds_since(_lane_event(earlier)) * 1e9)
 
-def make_stream(device: torch.device, operations: OperationSet) -> DeviceStream:
-    """The stream of a device that nothing else runs on.
 
-    Args:
-        device: Where the work goes.
-        operations: That will be given to it.
-    """
-    if device.type == "cuda":
-        return CudaStream(device)
-    if operations is CPU and native_status().available:
-        return LaneStream(lanes.undivided_cpu())
-    return InlineStream()
+def _lane_event(moment: Moment) -> lanes.CpuEvent:
+    if not isinstance(moment, _LaneMoment):
+        raise ValueError("the moment is not of a lane of a CPU")
+    return moment.event

@@ -1,10 +1,9 @@
-"""Runs a batch: stages its arrays, walks the layer graph, samples. The only forward pass."""
+"""Runs a batch: stages its arrays, runs its plan over the layer graph, samples."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +13,28 @@ from nf_kernels.collectives import Communicator
 from nf_kernels.cost import Category
 from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
-from nf_runtime.device_stream import Moment, make_stream
-from nf_runtime.graph import BatchInput, Edge, ElementType, LayerGraph, Operation, Rows
+from nf_runtime.activations import Activations
+from nf_runtime.bound_graph import BoundGraph
+from nf_runtime.device_api import make_device_api
+from nf_runtime.device_stream import Moment
+from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.network_operations import NetworkOperations
+from nf_runtime.node_times import NodeTimes
+from nf_runtime.pipeline.division import Division, divide
+from nf_runtime.pipeline.plan import Plan, PlanError
+from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
+from nf_runtime.pipeline.schedule import Schedule
+from nf_runtime.pipeline.schedules import Schedules
+from nf_runtime.pipeline.workspace import plan_workspace
 from nf_runtime.row_logprobs import PendingLogprobs, to_host
 from nf_runtime.sampler import SamplingPlan, TokenSampler
 from nf_runtime.staged_batch import StagedBatch, stage
 from nf_runtime.staging import StagingRing
+from nf_runtime.stream_runner import LayerHook, StreamRunner
+from nf_runtime.timeline import IterationTrace, Timeline
 from nf_runtime.weights import ModelWeights
 from nf_scheduler import Batch, IterationResult
-
-LayerHook = Callable[[int, Mapping[str, Tensor]], None]
-"""Called with the number of a layer and the batch's rows of every edge."""
-
-_ELEMENTS = {ElementType.INT64: torch.int64, ElementType.FLOAT32: torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class _Launched:
         logprobs: Of sampled tokens.
         prompt_logprobs: Of prompts, each with the position of its first row.
         done: When the device has done everything.
+        trace: How it ran, and its times, if they are noted.
     """
 
     batch: Batch
@@ -48,6 +55,7 @@ class _Launched:
     logprobs: PendingLogprobs | None
     prompt_logprobs: list[tuple[int, PendingLogprobs]]
     done: Moment
+    trace: tuple[IterationTrace, NodeTimes] | None
 
     def collect(self) -> IterationOutput:
         """The result, once the device has it."""
@@ -68,17 +76,6 @@ class _Launched:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _BoundOperation:
-    """An operation with its weights, constants and caches filled in; `signature` says the rest."""
-
-    kind: str
-    function: Callable[..., None]
-    fixed: dict[str, Any]
-    signature: int
-    rows: Rows
-
-
 class Executor:
     """Runs batches of one model on one device.
 
@@ -87,10 +84,14 @@ class Executor:
     on their way to the device are in a ring of buffers, none of which is written to before the
     device has read it.
 
+    Every iteration runs by a plan, which its policy chooses; the sequential one is a plan as well.
+
     Attributes:
-        before_layer: Hooks called before each layer.
+        before_layer: Hooks called before each layer; as long as there are hooks, iterations run
+            sequentially.
         after_layer: Hooks called after each layer.
         sampler: Chooses tokens; requests announce their parameters to it.
+        timeline: What ran when, of some iterations.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class Executor:
         page_size: int,
         max_tokens: int,
         max_requests: int,
+        policy: OverlapPolicy | None = None,
         asynchronous: bool = False,
         communicator: Communicator | None = None,
     ) -> None:
-        """Bind the graph to its weights and plan the buffers.
+        """Bind the graph to its weights and plan the workspace.
 
         Args:
             graph: The model.
@@ -120,50 +122,90 @@ class Executor:
             page_size: Token slots of a page.
             max_tokens: New tokens of one iteration.
             max_requests: Requests of one iteration, and number of slots.
+            policy: Chooses plans; by default the sequential one for all.
             asynchronous: Whether an iteration may be launched while another one is in flight.
             communicator: Of the ranks that run the same batches; None for one alone.
+
+        Raises:
+            PlanError: A plan of the policy does not fit.
         """
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
         self.sampler = sampler
+        self.timeline = Timeline()
         self._device = cos_sin.device
-        self._dtype = weights.model["embedding"].dtype
         self._page_size = page_size
-        self._cos_sin = cos_sin
         self._operations = operations
-        self._stream = make_stream(self._device, operations)
-        self._network = None
-        if communicator is not None:
-            self._network = NetworkOperations(communicator, self._stream)
-        self._edges = graph.edges
-        self._signatures: list[Operation] = []
-        self._selected_edges = graph.selected_edges
-        self._buffers = {
-            edge.name: self._allocate(
-                edge, max_requests if edge.name in self._selected_edges else max_tokens
-            )
-            for edge in graph.edges.values()
-        }
-        self._scratch = torch.empty(
-            max(
-                (
-                    self._scratch_bytes(operation, group, max_tokens)
-                    for part, group in zip(graph.layers, weights.layers, strict=True)
-                    for operation in part
-                ),
-                default=0,
-            ),
-            dtype=torch.uint8,
+        dtype = weights.model["embedding"].dtype
+        workspace = plan_workspace(graph, dtype.itemsize)
+        self._activations = Activations(
+            graph,
+            workspace,
+            dtype=dtype,
             device=self._device,
+            max_tokens=max_tokens,
+            max_selected=max_requests,
         )
-        self._prologue = self._bind(graph.prologue, weights.model, None)
-        self._layers = [
-            self._bind(part, weights.layers[i], kv_layers[i]) for i, part in enumerate(graph.layers)
-        ]
-        self._epilogue = self._bind(graph.epilogue, weights.model, None)
+        self._collectives = NetworkOperations(communicator) if communicator is not None else {}
+        self._bound = BoundGraph(
+            graph,
+            weights,
+            kv_layers,
+            operations,
+            self._activations,
+            cos_sin=cos_sin,
+            collectives=self._collectives,
+            max_tokens=max_tokens,
+        )
+        self._schedules = Schedules(graph, workspace)
+        self._stream_runner = StreamRunner(self._bound)
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
+        self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
         self._launched: deque[_Launched] = deque()
+        self._policy = OverlapPolicy(graph)
+        if policy is not None:
+            self.set_policy(policy)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of activations, scratch and the table of RoPE."""
+        return self._activations.num_bytes + self._bound.num_bytes
+
+    @property
+    def policy(self) -> OverlapPolicy:
+        """What chooses plans."""
+        return self._policy
+
+    def set_policy(self, policy: OverlapPolicy) -> None:
+        """Choose plans by another policy, from the next iteration on. Those in flight go on.
+
+        Raises:
+            PlanError: A plan does not fit; then all stays as it was.
+        """
+        plans = policy.plan_set.plans if policy.plan_set is not None else ()
+        for plan in plans:
+            self._check(plan)
+        self._policy = policy
+        self._api.release()
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse a plan that is not legal, before a batch asks for it."""
+        prefills = np.array([len(plan.nano_batches) * 8])
+        division = divide(plan.nano_batches, int(prefills[0]), prefills, selected=1)
+        schedule = self._schedules.get(plan, division.structure, notices=False)
+        networked = set()
+        for number in range(len(schedule.nodes)):
+            node = schedule.node(number)
+            self._bound.function(node.operation, node.implementation)
+            is_in_layer = 0 <= node.layer < len(schedule.graph.layers)
+            if is_in_layer and node.operation.category is Category.NETWORK:
+                networked.add(plan.lane_names[node.lane])
+        if len(networked) > 1:  # in which order they come there, each rank would find out alone
+            raise PlanError(
+                f"plan {plan.name!r} has collectives on the lanes {', '.join(sorted(networked))}; "
+                f"expected one lane, on which all ranks do them in the same order"
+            )
 
     def launch(
         self, batch: Batch, page_tables: np.ndarray, offload: IterationOffload | None = None
@@ -175,20 +217,33 @@ class Executor:
             page_tables: int32 [requests, pages], pages of each request in order.
             offload: Told when K and V of a layer are about to be written, and when they were.
         """
-        plan = self.sampler.plan(batch)
+        sampling = self.sampler.plan(batch)
+        num_selected = len(sampling.slots) + len(sampling.prompt_rows)
+        choice, division = self._choose(batch, num_selected)
+        schedule = self._schedules.get(choice.plan, division.structure, notices=offload is not None)
+        if num_selected:
+            self._activations.reserve_selected(num_selected)
         buffer = self._ring.acquire()
-        staged = stage(batch, page_tables, self._page_size, plan.prompt_rows, plan.arrays, buffer)
-        with torch.inference_mode(), self._stream:
+        staged = stage(
+            batch,
+            division,
+            page_tables,
+            self._page_size,
+            sampling.prompt_rows,
+            sampling.arrays,
+            buffer,
+        )
+        with torch.inference_mode(), self._api.stream as stream:
             buffer.upload()
             # On a CPU the arrays stay where they are, and are read to the end.
-            uploaded = None if self._device.type == "cpu" else self._stream.record()
-            launched = self._run_iteration(batch, staged, plan, offload)
+            uploaded = None if self._device.type == "cpu" else stream.record()
+            launched = self._run(batch, staged, sampling, choice, schedule, offload)
         self._ring.release(uploaded or launched.done)
         self._launched.append(launched)
 
     def call(self, function: Callable[[], object]) -> None:
-        """Have a function called on the device's stream, behind what was launched."""
-        self._stream.call(function)
+        """Have a function called on the device, behind what was launched."""
+        self._api.stream.call(function)
 
     def poll(self) -> IterationOutput:
         """Result of the oldest iteration that was launched and not polled; waits for it.
@@ -199,49 +254,76 @@ class Executor:
         """
         if not self._launched:
             raise RuntimeError("poll was called without a launch; call launch first")
-        return self._launched.popleft().collect()
+        launched = self._launched.popleft()
+        output = launched.collect()
+        if launched.trace is not None:
+            trace, times = launched.trace
+            self.timeline.add(trace, times.read())
+        return output
 
     def drain(self) -> None:
         """Wait for all that was launched, and forget it."""
         self._launched.clear()
-        self._stream.synchronize()
+        self._api.stream.synchronize()
 
     def close(self) -> None:
         """Forget what was launched, and end."""
         self.drain()
-        self._stream.close()
+        self._api.close()
 
-    def _run_iteration(
+    def _choose(self, batch: Batch, num_selected: int) -> tuple[Choice, Division]:
+        """The plan of a batch, and how that cuts it."""
+        decodes, tokens = batch.num_decodes, batch.num_tokens
+        prefills = np.diff(batch.query_start[decodes:])
+
+        def cut(plan: Plan) -> Division:
+            return divide(plan.nano_batches, decodes, prefills, selected=num_selected)
+
+        sequential = self._policy.sequential
+        if self.before_layer or self.after_layer:
+            return Choice(sequential, Reason.HOOKS), cut(sequential)
+        choice = self._policy.choose(tokens, decodes)
+        division = cut(choice.plan)
+        if not choice.plan.is_sequential and division.num_occupied < 2:
+            choice = Choice(sequential, Reason.ONE_NANO_BATCH)
+            division = cut(sequential)
+        return choice, division
+
+    def _run(
         self,
         batch: Batch,
         staged: StagedBatch,
         plan: SamplingPlan,
+        choice: Choice,
+        schedule: Schedule,
         offload: IterationOffload | None,
     ) -> _Launched:
-        """Give all work of an iteration to the stream."""
-        stream, buffer = self._stream, staged.buffer
-        inputs = staged.inputs()
+        """Give all work of an iteration to the device."""
+        stream, buffer = self._api.stream, staged.buffer
+        timed = self.timeline.count(choice)
         if staged.has_unknown_tokens:
             self._operations["feed_sampled"](
-                token_ids=inputs[BatchInput.TOKEN_IDS],
+                token_ids=buffer.on_device(BatchInput.TOKEN_IDS.name),
                 slots=buffer.on_device("slot_of_row"),
                 last_sampled=self._last_sampled,
             )
-        self._operations.prepare(staged.attention(inputs))
-        arguments = self._arguments(staged, inputs)
-        self._run(self._prologue, arguments, staged)
-        for layer, operations in enumerate(self._layers):
-            self._call_hooks(self.before_layer, layer, staged)
-            self._run_layer(layer, operations, arguments, staged, offload)
-            self._call_hooks(self.after_layer, layer, staged)
-        self._run(self._epilogue, arguments, staged)
-        logits = self._view("logits", Rows.SELECTED, staged)
+        self._operations.prepare(staged.attention(schedule.attention))
+        times = self._stream_runner.run(
+            schedule,
+            staged,
+            self._api.streams(choice.plan),
+            offload,
+            timed=timed,
+            before_layer=self.before_layer,
+            after_layer=self.after_layer,
+        )
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
+        logits = self._activations.rows("logits", 0, staged.num_selected)
         if num_sampled:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
-            if self._network is not None:  # zero on all ranks but the one that samples
-                self._network["all_reduce"](x=sampled, out=sampled)
+            if self._collectives:  # zero on all ranks but the one that samples
+                stream.call(partial(self._collectives["all_reduce"], x=sampled, out=sampled))
             self._operations["keep_sampled"](
                 sampled=sampled,
                 slots=buffer.on_device("sample_slots"),
@@ -249,133 +331,7 @@ class Executor:
             )
             sampled = to_host(sampled)
         prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:], stream)
-        return _Launched(batch, sampled, logprobs, prompt_logprobs, stream.record())
-
-    def _call_hooks(self, hooks: list[LayerHook], layer: int, staged: StagedBatch) -> None:
-        """Have hooks called in the order of the stream's work."""
-        if hooks:
-            edges = {name: self._view(name, Rows.ALL, staged) for name in self._edges}
-            for hook in hooks:
-                self._stream.call(partial(hook, layer, edges))
-
-    def _run(
-        self,
-        operations: list[_BoundOperation],
-        arguments: list[dict[str, Tensor]],
-        staged: StagedBatch,
-    ) -> None:
-        for operation in operations:
-            if staged.num_rows(operation.rows):
-                operation.function(**operation.fixed, **arguments[operation.signature])
-
-    def _run_layer(
-        self,
-        layer: int,
-        operations: list[_BoundOperation],
-        arguments: list[dict[str, Tensor]],
-        staged: StagedBatch,
-        offload: IterationOffload | None,
-    ) -> None:
-        """Run a layer; its new K and V go down as soon as they are there, beside what follows."""
-        if offload is None:
-            self._run(operations, arguments, staged)
-            return
-        for operation in operations:
-            appends = operation.kind == "rope_append"
-            if appends:
-                self._stream.call(partial(offload.before_append, layer))
-            self._run([operation], arguments, staged)
-            if appends:
-                self._stream.call(partial(offload.after_append, layer))
-
-    def _bind(
-        self,
-        operations: tuple[Operation, ...],
-        weights: dict[str, Tensor],
-        caches: tuple[Tensor, Tensor] | None,
-    ) -> list[_BoundOperation]:
-        bound = []
-        for operation in operations:
-            fixed: dict[str, Any] = dict(operation.constants)
-            fixed |= {name: weights[weight] for name, weight in operation.weights.items()}
-            for name, source in operation.inputs.items():
-                if source is BatchInput.COS_SIN:
-                    fixed[name] = self._cos_sin
-                elif caches and source in (BatchInput.K_CACHE, BatchInput.V_CACHE):
-                    fixed[name] = caches[source is BatchInput.V_CACHE]
-            if operation.kind == "moe_experts":
-                fixed["scratch"] = self._scratch
-            function = (
-                self._network[operation.kind]
-                if self._network is not None and operation.category is Category.NETWORK
-                else self._operations[operation.kind]
-            )
-            bound.append(
-                _BoundOperation(
-                    operation.kind, function, fixed, self._signature(operation), operation.rows
-                )
-            )
-        return bound
-
-    def _signature(self, operation: Operation) -> int:
-        """Number of the arguments that change by iteration; operations of all layers share them."""
-        for number, known in enumerate(self._signatures):
-            if (known.reads, known.writes, known.inputs, known.rows, known.reads_all_rows) == (
-                operation.reads,
-                operation.writes,
-                operation.inputs,
-                operation.rows,
-                operation.reads_all_rows,
-            ):
-                return number
-        self._signatures.append(operation)
-        return len(self._signatures) - 1
-
-    def _arguments(
-        self, staged: StagedBatch, inputs: dict[BatchInput, Tensor]
-    ) -> list[dict[str, Tensor]]:
-        """For each signature, the edges' views and the staged arrays of this iteration."""
-        arguments = []
-        for operation in self._signatures:
-            values = {
-                name: self._view(
-                    edge, Rows.ALL if edge in operation.reads_all_rows else operation.rows, staged
-                )
-                for mapping in (operation.reads, operation.writes)
-                for name, edge in mapping.items()
-            }
-            values |= {
-                name: inputs[source]
-                for name, source in operation.inputs.items()
-                if source in inputs
-            }
-            arguments.append(values)
-        return arguments
-
-    def _view(self, name: str, rows: Rows, staged: StagedBatch) -> Tensor:
-        """The rows of an edge's buffer that this iteration uses."""
-        if name in self._selected_edges:
-            count = staged.num_rows(Rows.SELECTED)
-            # Prompt logprobs want a row per prompt token, which only some iterations do.
-            if count > self._buffers[name].shape[0]:
-                self._buffers[name] = self._allocate(self._edges[name], count)
-            return self._buffers[name][:count]
-        start, end = staged.row_range(rows)
-        return self._buffers[name][start:end]
-
-    def _scratch_bytes(
-        self, operation: Operation, weights: dict[str, Tensor], max_tokens: int
-    ) -> int:
-        """Bytes of scratch that an operation of a layer needs for the largest batch."""
-        if operation.kind != "moe_experts":
-            return 0
-        return self._operations.scratch_bytes(
-            operation.kind,
-            tokens=max_tokens,
-            experts_per_token=self._edges[operation.reads["expert_ids"]].width,
-            **{name: weights[operation.weights[name]] for name in ("gate_up", "down")},
-        )
-
-    def _allocate(self, edge: Edge, rows: int) -> Tensor:
-        dtype = _ELEMENTS.get(edge.element, self._dtype)
-        return torch.empty(rows, edge.width, dtype=dtype, device=self._device)
+        trace = None
+        if times is not None:
+            trace = IterationTrace.of(batch, schedule, staged.division, choice.reason), times
+        return _Launched(batch, sampled, logprobs, prompt_logprobs, stream.record(), trace)

@@ -54,10 +54,10 @@ class Edge:
     """An activation: one row of `width` elements per token.
 
     Attributes:
-        name: Unique within its graph.
+        name: Unique in its graph.
         width: Elements of a row.
         element: Their type.
-        contiguous: Its rows lie one after the other, as what is sent to other ranks must.
+        contiguous: Whether rows must follow each other without gaps.
     """
 
     name: str
@@ -121,6 +121,11 @@ class LayerGraph:
     prologue: tuple[Operation, ...]
     layers: tuple[tuple[Operation, ...], ...]
     epilogue: tuple[Operation, ...]
+
+    @property
+    def parts(self) -> tuple[tuple[Operation, ...], ...]:
+        """All operations: before the layers, of each layer, after them."""
+        return (self.prologue, *self.layers, self.epilogue)
 
     @property
     def selected_edges(self) -> frozenset[str]:

@@ -15,11 +15,12 @@ from nf_kvcache import KVLayout
 from nf_runtime.config import EngineConfig
 from nf_runtime.device import DeviceMemory
 from nf_runtime.errors import ModelLoadError
-from nf_runtime.graph import ElementType
+from nf_runtime.graph import ElementType, LayerGraph, Rows
 from nf_runtime.kv_tiers import host_tier_bytes
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import decoder_graph, find_family, layer_weights, model_weights
 from nf_runtime.parallelism import WHOLE, Shard
+from nf_runtime.pipeline.workspace import plan_workspace
 
 # Of all memory of a CPU: what KV takes when nobody says how much, and what then stays for others.
 _CPU_SHARE = 0.1
@@ -206,27 +207,27 @@ def workspace_bytes(
     """
     shard = config.shard()
     graph = decoder_graph(model, shard)
-    sizes = {ElementType.INT64: 8, ElementType.FLOAT32: 4}
-    edge_bytes = {}
-    for edge in graph.edges.values():
-        is_selected = edge.name in graph.selected_edges
-        rows = config.max_num_seqs if is_selected else config.batch_tokens
-        edge_bytes[edge.name] = rows * edge.width * sizes.get(edge.element, dtype.itemsize)
-    total = sum(edge_bytes.values())
-    # What is gathered from all ranks lies rank by rank first.
-    gathers = {
-        edge_bytes[operation.reads["x"]]
-        for part in (*graph.layers, graph.epilogue)
-        for operation in part
-        if operation.kind == "all_gather"
-    }
-    total += shard.size * max(gathers, default=0)
+    workspace = plan_workspace(graph, dtype.itemsize)
+    total = workspace.num_bytes(tokens=config.batch_tokens, selected=config.max_num_seqs)
+    total += _gathered_bytes(config, graph, dtype)
     total += max_len * model.head_dim * 4  # the table of RoPE
     total += config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES[kind]
     if model.sparse_layers:  # x, gate and up, activated, and the result of every chosen expert
         per_row = 2 * model.hidden_size + 3 * len(shard.expert_inner(model))
         total += config.batch_tokens * model.experts_per_token * per_row * 4
     return total + (_GPU_LIBRARY_BYTES if kind == "cuda" else 0)
+
+
+def _gathered_bytes(config: EngineConfig, graph: LayerGraph, dtype: torch.dtype) -> int:
+    """What the largest all-gather needs: rows lie rank by rank before they are put in place."""
+    largest = 0
+    for operation in (operation for part in graph.parts for operation in part):
+        if operation.kind == "all_gather":
+            edge = graph.edges[operation.reads["x"]]
+            rows = config.max_num_seqs if operation.rows is Rows.SELECTED else config.batch_tokens
+            element = 4 if edge.element is ElementType.FLOAT32 else dtype.itemsize
+            largest = max(largest, rows * edge.width * element)
+    return config.tensor_parallel_size * largest
 
 
 def format_bytes(count: int) -> str:

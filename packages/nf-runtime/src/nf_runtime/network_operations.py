@@ -1,29 +1,25 @@
 """The operations that exchange activations between ranks, called as those of an operation set."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from nf_kernels.collectives import Communicator
-from nf_runtime.device_stream import DeviceStream
 
 
 class NetworkOperations(Mapping[str, Callable[..., None]]):
     """Collectives by the kinds that operations of a graph have.
 
-    All ranks call the same ones in the same order. They take their turn in a stream, and work on
-    any range of an edge's rows, the same on all ranks.
+    All ranks call the same ones in the same order, one at a time, and on the same rows of an edge,
+    which may be any range. A stream calls them when it is their turn (`DeviceStream.call`).
 
     Args:
-        communicator: Of the ranks.
-        stream: Whose turns to keep; nothing else calls the communicator.
+        communicator: Of the ranks; nothing else calls it.
     """
 
-    def __init__(self, communicator: Communicator, stream: DeviceStream) -> None:
+    def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._stream = stream
         self._gathered = torch.empty(0, dtype=torch.uint8, device=communicator.device)
         self._functions: dict[str, Callable[..., None]] = {
             "all_reduce": self.all_reduce,
@@ -46,7 +42,9 @@ class NetworkOperations(Mapping[str, Callable[..., None]]):
             x: [T, D].
             out: [T, D], contiguous; may be `x` itself.
         """
-        self._stream.call(partial(self._all_reduce, x, out))
+        if out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        self._communicator.all_reduce(out)
 
     def all_gather(self, *, x: Tensor, out: Tensor) -> None:
         """Put the columns of all ranks next to each other, in the order of the ranks.
@@ -56,14 +54,6 @@ class NetworkOperations(Mapping[str, Callable[..., None]]):
             out: [T, N * D] or narrower: the last columns, which fill up the last ranks' parts, are
                 left away.
         """
-        self._stream.call(partial(self._all_gather, x, out))
-
-    def _all_reduce(self, x: Tensor, out: Tensor) -> None:
-        if out.data_ptr() != x.data_ptr():
-            out.copy_(x)
-        self._communicator.all_reduce(out)
-
-    def _all_gather(self, x: Tensor, out: Tensor) -> None:
         ranks, (rows, columns) = self._communicator.world_size, x.shape
         # Gathered rows lie rank by rank; what follows wants them token by token.
         needed = ranks * x.nbytes

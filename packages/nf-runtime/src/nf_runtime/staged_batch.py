@@ -1,12 +1,14 @@
 """Turning a batch into the arrays that operations read."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
 from nf_kernels.ops import AttentionBatch
 from nf_runtime.graph import BatchInput, Rows
+from nf_runtime.pipeline.division import Division
 from nf_runtime.staging import StagingBuffer
 from nf_scheduler import Batch
 
@@ -16,66 +18,91 @@ class StagedBatch:
     """A batch in a staging buffer.
 
     Attributes:
-        num_requests: Of the batch.
-        num_decodes: Rows of decodes, which come first.
-        num_tokens: All rows.
+        division: How it is cut.
         num_selected: Rows whose logits are wanted.
         has_unknown_tokens: Whether some are only on the device.
         buffer: Where the arrays are.
     """
 
-    num_requests: int
-    num_decodes: int
-    num_tokens: int
+    division: Division
     num_selected: int
     has_unknown_tokens: bool
     buffer: StagingBuffer
+    _rebased: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def row_range(self, rows: Rows) -> tuple[int, int]:
-        """First row and end of a token range."""
-        if rows is Rows.DECODE:
-            return 0, self.num_decodes
-        if rows is Rows.PREFILL:
-            return self.num_decodes, self.num_tokens
-        return 0, self.num_selected if rows is Rows.SELECTED else self.num_tokens
+    @property
+    def num_tokens(self) -> int:
+        """All rows."""
+        return self.division.bounds[-1]
 
-    def num_rows(self, rows: Rows) -> int:
-        """Length of a token range."""
-        start, end = self.row_range(rows)
-        return end - start
+    def row_range(self, rows: Rows, first: int, end: int) -> tuple[int, int]:
+        """First row and end of a token range in the nano-batches from `first` to before `end`."""
+        if rows is Rows.SELECTED:
+            return 0, self.num_selected
+        return self.division.rows(rows, first, end)
 
-    def inputs(self) -> dict[BatchInput, Tensor]:
-        """The arrays on the device by what operations call them, after the buffer's `upload`."""
-        return {name: self.buffer.on_device(name.name) for name in _ARRAYS}
+    def arrays(self) -> list[Tensor]:
+        """The arrays on the device in the order of `INPUTS`, after the buffer's `upload`."""
+        return [self.buffer.on_device(source.name) for source in INPUTS]
 
-    def attention(self, inputs: dict[BatchInput, Tensor]) -> list[AttentionBatch]:
-        """Index arrays of the decodes and of the prefills, where there are any, and on the host."""
-        host = self.buffer.host
+    def input(self, source: BatchInput, rows: tuple[int, int], requests: tuple[int, int]) -> Tensor:
+        """The part of an array that is of some rows or requests.
+
+        Args:
+            source: Which array.
+            rows: First row and end.
+            requests: First request of attention, or segment, and end.
+        """
+        whole = self.buffer.on_device(source.name)
+        if source in (BatchInput.TOKEN_IDS, BatchInput.POSITIONS, BatchInput.SLOTS):
+            return whole[rows[0] : rows[1]]
+        if source is BatchInput.SELECTED_ROWS:
+            return whole
+        if source is BatchInput.PREFILL_QUERY_START:
+            if requests[0] == 0:
+                return whole[: requests[1] + 1]
+            if requests not in self._rebased:
+                part = whole[requests[0] : requests[1] + 1]
+                self._rebased[requests] = part - part[0]
+            return self._rebased[requests]
+        return whole[requests[0] : requests[1]]
+
+    def attention(self, groups: Iterable[tuple[Rows, int, int]]) -> list[AttentionBatch]:
+        """Index arrays of attention, on the device and on the host.
+
+        Args:
+            groups: Token range, first nano-batch and the one behind the last of each operation.
+        """
         batches = []
-        if self.num_decodes:
-            batches.append(
-                AttentionBatch(
-                    inputs[BatchInput.DECODE_PAGE_TABLE],
-                    inputs[BatchInput.DECODE_SEQ_LENS],
-                    host_page_table=host(BatchInput.DECODE_PAGE_TABLE.name),
-                    host_seq_lens=host(BatchInput.DECODE_SEQ_LENS.name),
-                )
+        for rows, first, end in dict.fromkeys(groups):
+            own, requests = (
+                self.row_range(rows, first, end),
+                self.division.requests(rows, first, end),
             )
-        if self.num_decodes < self.num_requests:
-            batches.append(
-                AttentionBatch(
-                    inputs[BatchInput.PREFILL_PAGE_TABLE],
-                    inputs[BatchInput.PREFILL_SEQ_LENS],
-                    inputs[BatchInput.PREFILL_QUERY_START],
-                    host_page_table=host(BatchInput.PREFILL_PAGE_TABLE.name),
-                    host_seq_lens=host(BatchInput.PREFILL_SEQ_LENS.name),
-                    host_query_start=host(BatchInput.PREFILL_QUERY_START.name),
-                )
+            if own[0] == own[1]:
+                continue
+            kind = "DECODE" if rows is Rows.DECODE else "PREFILL"
+            table, lens = BatchInput[f"{kind}_PAGE_TABLE"], BatchInput[f"{kind}_SEQ_LENS"]
+            part = slice(*requests)
+            batch = AttentionBatch(
+                self.input(table, own, requests),
+                self.input(lens, own, requests),
+                host_page_table=self.buffer.host(table.name)[part],
+                host_seq_lens=self.buffer.host(lens.name)[part],
             )
+            if rows is Rows.PREFILL:
+                start = BatchInput.PREFILL_QUERY_START
+                host = self.buffer.host(start.name)[requests[0] : requests[1] + 1]
+                batch = replace(
+                    batch,
+                    query_start=self.input(start, own, requests),
+                    host_query_start=host - host[0],
+                )
+            batches.append(batch)
         return batches
 
 
-_ARRAYS = (
+INPUTS = (
     BatchInput.TOKEN_IDS,
     BatchInput.POSITIONS,
     BatchInput.SLOTS,
@@ -86,10 +113,12 @@ _ARRAYS = (
     BatchInput.PREFILL_SEQ_LENS,
     BatchInput.SELECTED_ROWS,
 )
+"""What is staged for operations."""
 
 
 def stage(
     batch: Batch,
+    division: Division,
     page_tables: np.ndarray,
     page_size: int,
     prompt_rows: np.ndarray,
@@ -100,6 +129,7 @@ def stage(
 
     Args:
         batch: n requests with T tokens, decodes first.
+        division: How it is cut.
         page_tables: int32 [n, P].
         page_size: Token slots of a page.
         prompt_rows: int64, rows whose logits are wanted besides the sampled ones.
@@ -115,15 +145,19 @@ def stage(
     sampled_rows = batch.query_start[1:][batch.samples].astype(np.int64) - 1
     selected = np.concatenate((sampled_rows, prompt_rows))
     split = batch.num_decodes
+    # A request that is cut is in several segments; all but the last see a part of its tokens.
+    prefills = split + division.segment_request
+    segment_end = division.segment_start[1:] + split
+    segment_lens = batch.context_lens[prefills] + segment_end - first_rows[prefills]
     arrays = {
         BatchInput.TOKEN_IDS: batch.token_ids.astype(np.int64),
         BatchInput.POSITIONS: positions,
         BatchInput.SLOTS: pages * page_size + positions % page_size,
         BatchInput.DECODE_PAGE_TABLE: page_tables[:split],
         BatchInput.DECODE_SEQ_LENS: seq_lens[:split],
-        BatchInput.PREFILL_PAGE_TABLE: page_tables[split:],
-        BatchInput.PREFILL_QUERY_START: batch.query_start[split:] - split,
-        BatchInput.PREFILL_SEQ_LENS: seq_lens[split:],
+        BatchInput.PREFILL_PAGE_TABLE: page_tables[prefills],
+        BatchInput.PREFILL_QUERY_START: division.segment_start.astype(np.int32),
+        BatchInput.PREFILL_SEQ_LENS: segment_lens.astype(np.int32),
         BatchInput.SELECTED_ROWS: selected,
     }
     named = {name.name: array for name, array in arrays.items()}
@@ -132,9 +166,7 @@ def stage(
         named["slot_of_row"] = batch.slots[request_of_row].astype(np.int64)
     buffer.fill(named | more)
     return StagedBatch(
-        num_requests=len(batch),
-        num_decodes=split,
-        num_tokens=batch.num_tokens,
+        division=division,
         num_selected=len(selected),
         has_unknown_tokens=has_unknown_tokens,
         buffer=buffer,

@@ -7,6 +7,15 @@ import torch
 from nf_kernels.lanes.cpu import CpuEvent, CpuLane, partition_cpu, undivided_cpu
 from nf_kernels.lanes.cuda import partition_cuda
 from nf_kernels.lanes.lane import Event, Lane
+from nf_kernels.lanes.program import (
+    LAUNCH,
+    SIGNAL,
+    WAIT,
+    CpuProgram,
+    CpuRun,
+    CpuSchedule,
+    NotRecordable,
+)
 
 
 def partition(
@@ -51,4 +60,18 @@ def partition(
     return partition_cpu(list(shares), exclusive=mechanism != "shared")
 
 
-__all__ = ["CpuEvent", "CpuLane", "Event", "Lane", "partition", "undivided_cpu"]
+__all__ = [
+    "LAUNCH",
+    "SIGNAL",
+    "WAIT",
+    "CpuEvent",
+    "CpuLane",
+    "CpuProgram",
+    "CpuRun",
+    "CpuSchedule",
+    "Event",
+    "Lane",
+    "NotRecordable",
+    "partition",
+    "undivided_cpu",
+]

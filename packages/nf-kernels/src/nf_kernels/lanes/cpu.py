@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,9 +16,9 @@ from nf_kernels.native import native_module, native_status, num_threads
 
 
 class _Current(threading.local):
-    """The lanes that a thread has entered, the last one last."""
+    """The lanes that a thread has entered, the last one last; None where it has left them."""
 
-    lanes: tuple[CpuLane, ...] = ()
+    lanes: tuple[CpuLane | None, ...] = ()
 
 
 _current = _Current()
@@ -28,6 +28,32 @@ def current_lane() -> CpuLane | None:
     """The lane that this thread's operations go to."""
     lanes = _current.lanes
     return lanes[-1] if lanes else None
+
+
+@contextlib.contextmanager
+def outside_of_lanes() -> Iterator[None]:
+    """Send this thread's operations to no lane."""
+    _enter(None)
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _enter(lane: CpuLane | None) -> None:
+    _set_native_current(lane)
+    _current.lanes = (*_current.lanes, lane)
+
+
+def _leave() -> None:
+    _current.lanes = _current.lanes[:-1]
+    _set_native_current(current_lane())
+
+
+def _set_native_current(lane: CpuLane | None) -> None:
+    module = native_module()
+    if module is not None:
+        module.set_current_lane(lane.native if lane else None)
 
 
 class CpuEvent:
@@ -87,7 +113,6 @@ class CpuLane:
         self.units = cores
         self.share = share
         self.exclusive = exclusive
-        self._set_current = module.set_current_lane
         self._native: Any = (
             module.Lane(list(cores)) if threads is None else module.Lane.of_threads(threads)
         )
@@ -97,9 +122,7 @@ class CpuLane:
 
     def __enter__(self) -> Self:
         """As `Lane`."""
-        native = self._open()
-        _current.lanes = (*_current.lanes, self)
-        self._set_current(native)
+        _enter(self)
         return self
 
     def __exit__(
@@ -109,22 +132,20 @@ class CpuLane:
         trace: TracebackType | None,
     ) -> None:
         """As `Lane`."""
-        _current.lanes = _current.lanes[:-1]
-        outer = current_lane()
-        self._set_current(outer._open() if outer else None)
+        _leave()
 
     def record(self) -> CpuEvent:
         """As `Lane.record`."""
-        return CpuEvent(self._open().record())
+        return CpuEvent(self.native.record())
 
     def wait(self, event: Event) -> None:
         """As `Lane.wait`."""
-        self._open().wait(_native_event(event))
+        self.native.wait(_native_event(event))
 
     def synchronize(self) -> None:
         """As `Lane.synchronize`."""
         try:
-            self._open().synchronize()
+            self.native.synchronize()
         finally:
             self._kept.clear()
 
@@ -133,12 +154,12 @@ class CpuLane:
 
         While it runs it holds the GIL, and what it raises is the lane's error.
         """
-        self._open().call(function)
+        self.native.call(function)
 
     @property
     def error(self) -> str:
         """What has failed, if something has by now; until `synchronize` nothing else is run."""
-        return str(self._open().error())
+        return str(self.native.error())
 
     def close(self) -> None:
         """As `Lane.close`; may be called twice, but not inside of `with`.
@@ -152,11 +173,26 @@ class CpuLane:
         self._native = None  # its end waits for what is queued
         self._kept.clear()
 
-    def keep(self, arguments: Mapping[str, Any]) -> None:
-        """Hold the arguments of a queued operation until the lane is through with it."""
-        self._kept.add(arguments, self)
+    def keep(self, arguments: Mapping[str, Any], *, until: CpuEvent | None = None) -> None:
+        """Hold the arguments of a queued operation until the lane is through with it.
 
-    def _open(self) -> Any:
+        Args:
+            arguments: What is held.
+            until: An event that was recorded after the operation; None lets the lane record one now
+                and then.
+        """
+        if until is None:
+            self._kept.add(arguments, self)
+        else:
+            self._kept.add_until(arguments, until)
+
+    @property
+    def native(self) -> Any:
+        """The extension's lane.
+
+        Raises:
+            RuntimeError: The lane is closed.
+        """
         if self._native is None:
             raise RuntimeError("the lane is closed; make a new one with lanes.partition")
         return self._native

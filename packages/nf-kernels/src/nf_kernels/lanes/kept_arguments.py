@@ -26,10 +26,19 @@ class KeptArguments:
         """Keep the arguments of the operation that was queued last on a lane."""
         self._recent.append(arguments)
         if len(self._recent) == _BETWEEN_EVENTS:
-            self._before.append((lane.record(), self._recent))
-            self._recent = []
-            while self._before and self._before[0][0].done():
-                self._before.popleft()
+            self._close(lane.record())
+
+    def add_until(self, arguments: Mapping[str, Any], event: Event) -> None:
+        """Keep arguments of an operation that was followed by an event on its lane."""
+        self._recent.append(arguments)
+        self._close(event)
+
+    def _close(self, event: Event) -> None:
+        """Let an event tell of the recent ones."""
+        self._before.append((event, self._recent))
+        self._recent = []
+        while self._before and self._before[0][0].done():
+            self._before.popleft()
 
     def clear(self) -> None:
         """Let go of all: the lane is idle, or will not run them any more."""

@@ -25,6 +25,9 @@ REFERENCE = OperationSet(
 )
 """Plain torch on any device: readable, and the oracle of the other implementations."""
 
+# Those that read packed weights, and those that write where only a lane's order protects them.
+_NATIVE_ONLY = {"embedding", "linear", "moe_experts", "sample", "feed_sampled", "keep_sampled"}
+
 CPU = OperationSet(
     name="cpu",
     functions=cpu.OPERATIONS,
@@ -33,6 +36,11 @@ CPU = OperationSet(
     scratch={
         "moe_experts": cpu.moe_experts_scratch_bytes,
         "sample": cpu.sample_scratch_bytes,
+    },
+    others={
+        name: {"reference": functools.partial(cpu.in_plain_torch, getattr(reference, name))}
+        for name in OPERATION_NAMES
+        if name not in _NATIVE_ONLY
     },
 )
 """C++ on a CPU, where the extension is there."""

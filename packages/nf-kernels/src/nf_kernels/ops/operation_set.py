@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class OperationSet(Mapping[str, Callable[..., None]]):
         pack: Callable[[Tensor], Tensor],
         scratch: Mapping[str, Callable[..., int]],
         prepare: Callable[[Sequence[AttentionBatch]], None] | None = None,
+        others: Mapping[str, Mapping[str, Callable[..., None]]] = MappingProxyType({}),
     ) -> None:
         """Collect an implementation.
 
@@ -83,6 +85,7 @@ class OperationSet(Mapping[str, Callable[..., None]]):
             pack: Arranges a weight [N, K] or [E, N, K] as this implementation reads it.
             scratch: For the operations that need it, bytes of scratch by their shapes.
             prepare: See the method; None where nothing is to be prepared.
+            others: By operation, other implementations that take the same arguments, by name.
         """
         self.name = name
         self.invariant = invariant
@@ -90,6 +93,7 @@ class OperationSet(Mapping[str, Callable[..., None]]):
         self._pack = pack
         self._scratch = scratch
         self._prepare = prepare
+        self._others = others
 
     def __getitem__(self, name: str) -> Callable[..., None]:
         return self._functions[name]
@@ -99,6 +103,10 @@ class OperationSet(Mapping[str, Callable[..., None]]):
 
     def __len__(self) -> int:
         return len(self._functions)
+
+    def implementations(self, name: str) -> Mapping[str, Callable[..., None]]:
+        """All implementations of an operation that take this set's arguments, by name."""
+        return {self.name: self._functions[name], **self._others.get(name, {})}
 
     def pack(self, weight: Tensor) -> Tensor:
         """Arrange a weight [N, K] of `linear`, or [E, N, K] of `moe_experts`, for this set.

@@ -176,7 +176,8 @@ def prefill_attention(
         k_cache: [pages, G, page_size, d], the queries' own keys included.
         v_cache: As `k_cache`.
         page_table: int32 [requests, P].
-        query_start: int32 [requests + 1], rows of `q` of each request.
+        query_start: int32 [requests + 1], rows of `q` of each request, counted from its first number
+            on, which is 0 where all rows are given (and must be in the CUDA set).
         seq_lens: int32 [requests], tokens in pages, the queries' own included.
         scale: Factor on the scores.
         window: Keys a query sees, itself included; 0 means all.
@@ -189,7 +190,7 @@ def prefill_attention(
     group = q.shape[1] // (kv_heads * head_dim)
     starts = query_start.tolist()
     for request, seq_len in enumerate(seq_lens.tolist()):
-        rows = slice(starts[request], starts[request + 1])
+        rows = slice(starts[request] - starts[0], starts[request + 1] - starts[0])
         pages = page_table[request, : -(-seq_len // page_size)].long()
         keys, values = (
             _wide(cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :seq_len])

@@ -82,8 +82,8 @@ def _edges(config: ModelConfig, shard: Shard) -> list[Edge]:
     if config.sparse_layers:
         edges += [
             Edge("router_logits", config.experts),
-            Edge("expert_ids", config.experts_per_token, ElementType.INT64),
-            Edge("expert_weights", config.experts_per_token, ElementType.FLOAT32),
+            Edge("expert_ids", config.experts_per_token, ElementType.INT64, contiguous=True),
+            Edge("expert_weights", config.experts_per_token, ElementType.FLOAT32, contiguous=True),
         ]
     return edges
 

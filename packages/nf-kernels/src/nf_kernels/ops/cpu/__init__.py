@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from nf_kernels.lanes.cpu import current_lane
+from nf_kernels.ops.cpu.arguments import in_plain_torch
 from nf_kernels.ops.cpu.attention import (
     decode_attention,
     merge_attention,
@@ -25,7 +26,7 @@ from nf_kernels.ops.cpu.sampling import (
 )
 from nf_kernels.ops.kept_by_lane import kept_by_lane
 
-__all__ = ["OPERATIONS", "moe_experts_scratch_bytes", "sample_scratch_bytes"]
+__all__ = ["OPERATIONS", "in_plain_torch", "moe_experts_scratch_bytes", "sample_scratch_bytes"]
 
 OPERATIONS: Mapping[str, Callable[..., None]] = MappingProxyType(
     {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nf_kernels.lanes.cpu import current_lane
+from nf_kernels.lanes.program import NotRecordable
 from nf_kernels.native import native_module
 from nf_kernels.ops import packing
 from nf_kernels.ops.checks import Checks
@@ -43,7 +44,16 @@ def check_packed(
 
 
 def in_plain_torch(operation: Callable[..., None], **arguments: Any) -> None:
-    """Run an operation on what the kernels do not take; it waits for a lane instead of queueing."""
+    """Run an operation on what the kernels do not take; it waits for a lane instead of queueing.
+
+    Raises:
+        NotRecordable: A program is recording.
+    """
+    if kernels().is_recording():
+        raise NotRecordable(
+            f"{operation.__name__} runs in plain torch with these arguments, which the native "
+            f"kernels do not take; it cannot be recorded, use CpuProgram.call"
+        )
     lane = current_lane()
     if lane is not None:
         lane.synchronize()

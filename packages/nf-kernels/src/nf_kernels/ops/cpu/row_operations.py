@@ -50,7 +50,7 @@ def embedding(*, token_ids: Tensor, table: Tensor, out: Tensor) -> None:
     else:
         check("table", table, out.dtype, (None, out.shape[1]))
         rows = table.shape[0]
-    _gather("token_ids", table, token_ids, out, source_rows=rows, packed=packed)
+    _gather(table, token_ids, out, source_rows=rows, packed=packed, is_embedding=True)
 
 
 def gather_rows(*, x: Tensor, index: Tensor, out: Tensor) -> None:
@@ -58,11 +58,17 @@ def gather_rows(*, x: Tensor, index: Tensor, out: Tensor) -> None:
     check("index", index, torch.int64, (None,))
     check("x", x, x.dtype, (None, None))
     check("out", out, x.dtype, (index.shape[0], x.shape[1]))
-    _gather("index", x, index, out, source_rows=x.shape[0], packed=False)
+    _gather(x, index, out, source_rows=x.shape[0], packed=False, is_embedding=False)
 
 
 def _gather(
-    name: str, source: Tensor, index: Tensor, out: Tensor, *, source_rows: int, packed: bool
+    source: Tensor,
+    index: Tensor,
+    out: Tensor,
+    *,
+    source_rows: int,
+    packed: bool,
+    is_embedding: bool,
 ) -> None:
     kernels().gather_rows(
         dtype_code("out", out),
@@ -75,7 +81,7 @@ def _gather(
         source.stride(0),
         out.stride(0),
         packed,
-        name,
+        is_embedding,
     )
 
 

@@ -1,0 +1,79 @@
+"""The memory of a graph's edges."""
+
+import torch
+from torch import Tensor
+
+from nf_runtime.graph import ElementType, LayerGraph
+from nf_runtime.pipeline.workspace import Buffer, Workspace
+
+_ELEMENTS = {ElementType.INT64: torch.int64, ElementType.FLOAT32: torch.float32}
+
+
+class Activations:
+    """The workspace of a model on its device: every edge is a range of columns of it.
+
+    Args:
+        graph: The model.
+        workspace: Where its edges are.
+        dtype: Of the model.
+        device: Where the memory is.
+        max_tokens: Of one iteration.
+        max_selected: Rows of one iteration whose logits are wanted; `reserve_selected` makes more.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        workspace: Workspace,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_tokens: int,
+        max_selected: int,
+    ) -> None:
+        self._workspace = workspace
+        self._device = device
+        self._dtypes = {
+            edge.name: _ELEMENTS.get(edge.element, dtype) for edge in graph.edges.values()
+        }
+        self._num_selected = max_selected
+        self._buffers = [
+            self._allocate(buffer, max_selected if buffer.selected else max_tokens)
+            for buffer in workspace.buffers
+        ]
+        self._edges = {name: self._edge(name) for name in workspace.places}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of it."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def edge(self, name: str) -> Tensor:
+        """All rows of an edge."""
+        return self._edges[name]
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """Some rows of an edge."""
+        return self._edges[name][first:end]
+
+    def reserve_selected(self, count: int) -> bool:
+        """Have room for so many rows whose logits are wanted; whether edges have moved for that.
+
+        Log-probabilities of prompts want a row for every token, which few iterations do.
+        """
+        if count <= self._num_selected:
+            return False
+        self._num_selected = count
+        for number, buffer in enumerate(self._workspace.buffers):
+            if buffer.selected:
+                self._buffers[number] = self._allocate(buffer, count)
+        self._edges = {name: self._edge(name) for name in self._workspace.places}
+        return True
+
+    def _allocate(self, buffer: Buffer, rows: int) -> Tensor:
+        return torch.empty(rows, buffer.row_bytes, dtype=torch.uint8, device=self._device)
+
+    def _edge(self, name: str) -> Tensor:
+        place = self._workspace.places[name]
+        columns = self._buffers[place.buffer][:, place.offset : place.offset + place.num_bytes]
+        return columns.view(self._dtypes[name])

@@ -1,0 +1,113 @@
+"""Which plan a batch is run by, and why. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from nf_runtime.graph import LayerGraph
+from nf_runtime.pipeline.plan import Plan, PlanError, PlanSet, for_all_batches, read_plan_set
+from nf_runtime.pipeline.templates import TEMPLATES, sequential
+
+
+class Reason(StrEnum):
+    """Why an iteration ran by the plan by which it ran."""
+
+    PLANNED = "planned"  # its bucket has the plan
+    OFF = "off"  # overlap is switched off
+    NO_PLAN = "no_plan"  # there is no plan set for this model on this device
+    NO_BUCKET = "no_bucket"  # no bucket of the plan set holds the batch
+    NO_GAIN = "no_gain"  # its bucket's plan was not measured to be faster
+    ONE_NANO_BATCH = "one_nano_batch"  # cut by its plan, the batch is in one piece
+    REFERENCE = "reference"  # run so to measure what overlap gains
+    HOOKS = "hooks"  # somebody looks at each layer
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The plan of an iteration.
+
+    Attributes:
+        plan: By which it runs.
+        reason: Why.
+    """
+
+    plan: Plan
+    reason: Reason
+
+
+class OverlapPolicy:
+    """Chooses a plan for every batch.
+
+    Args:
+        graph: The model.
+        plan_set: Plans by bucket; None runs everything sequentially.
+        reason: Why there is none.
+        only_gains: Whether plans that were not measured to be faster are left alone.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        plan_set: PlanSet | None = None,
+        *,
+        reason: Reason = Reason.OFF,
+        only_gains: bool = False,
+    ) -> None:
+        self.plan_set = plan_set
+        self.sequential = sequential(graph)
+        self._without = reason
+        self._only_gains = only_gains
+
+    def choose(self, tokens: int, decodes: int) -> Choice:
+        """The plan of a batch.
+
+        Args:
+            tokens: Of the batch.
+            decodes: So many of them.
+        """
+        if self.plan_set is None:
+            return Choice(self.sequential, self._without)
+        bucket = self.plan_set.find(tokens, decodes)
+        if bucket is None:
+            return Choice(self.sequential, Reason.NO_BUCKET)
+        plan = self.plan_set.plan(bucket.plan)
+        if plan.is_sequential:
+            return Choice(plan, Reason.PLANNED)
+        if self._only_gains and (bucket.gain is None or bucket.gain <= 1):
+            return Choice(self.sequential, Reason.NO_GAIN)
+        return Choice(plan, Reason.PLANNED)
+
+
+OVERLAP_WORDS = ("auto", "off", *(name for name in TEMPLATES if name != "sequential"))
+"""What `overlap` may say besides the name of a file."""
+
+
+def make_policy(
+    overlap: str, graph: LayerGraph, *, measured: PlanSet | None = None
+) -> OverlapPolicy:
+    """The policy that a word or a file asks for.
+
+    Args:
+        overlap: `auto`, `off`, the name of a template, or the path of a plan or plan set.
+        graph: The model.
+        measured: What was measured for this model on this device, for `auto`.
+
+    Raises:
+        PlanError: It is none of these, or the plan does not fit the model.
+    """
+    if overlap == "off" or overlap == "sequential":
+        return OverlapPolicy(graph)
+    if overlap == "auto":
+        return OverlapPolicy(graph, measured, reason=Reason.NO_PLAN, only_gains=True)
+    if overlap in TEMPLATES:
+        return OverlapPolicy(graph, for_all_batches(TEMPLATES[overlap](graph)))
+    path = Path(overlap).expanduser()
+    if not path.exists():
+        words = ", ".join(OVERLAP_WORDS)
+        raise PlanError(
+            f"overlap is {overlap!r}, which is no file; expected one of {words}, or the path of a "
+            "plan or plan set"
+        )
+    return OverlapPolicy(graph, read_plan_set(path))
