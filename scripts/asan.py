@@ -22,6 +22,7 @@ BUILD = ROOT / "build" / "asan"
 TESTS = [
     *sorted(KERNELS.glob("tests/test_native_*.py")),
     KERNELS / "tests" / "test_lanes.py",
+    *sorted(KERNELS.glob("tests/test_program*.py")),
     KVCACHE / "tests" / "test_prefix_index.py",
     KVCACHE / "tests" / "test_kv_cache_machine.py",
     KVCACHE / "tests" / "test_disk_block_io.py",

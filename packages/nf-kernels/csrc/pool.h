@@ -10,6 +10,7 @@
 
 #include "cores.h"
 #include "threads.h"
+#include "waiting.h"
 
 namespace nf {
 
@@ -50,18 +51,5 @@ class Pool : public Threads {
   std::atomic<uint32_t> finished_{0};
   std::atomic<bool> stopping_{false};
 };
-
-// Waits until `value` is no longer `old`: a little while on the processor, as most changes come at once, then asleep.
-template <typename T>
-void wait_for_change(const std::atomic<T>& value, T old) {
-  constexpr int kSpins = 4000;
-  for (int i = 0; i < kSpins; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
-}
 
 }  // namespace nf

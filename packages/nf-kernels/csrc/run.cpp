@@ -10,13 +10,6 @@
 namespace nf {
 namespace {
 
-void set(std::atomic<uint32_t>& flag) {
-  flag.store(1, std::memory_order_release);
-  flag.notify_all();
-}
-
-void wait_until_set(const std::atomic<uint32_t>& flag) { wait_for_change<uint32_t>(flag, 0); }
-
 // Two runs must come in the same order on all lanes that they share, or each would wait for the other.
 std::mutex& order_of_runs() {
   static std::mutex mutex;
@@ -83,9 +76,9 @@ void Run::walk(std::size_t number, Lane& lane) {
   const std::string earlier = lane.error();
   if (number == 0) {
     if (!earlier.empty()) stopped_.store(true, std::memory_order_release);
-    set(begun_);
+    begun_.set();
   } else {
-    wait_until_set(begun_);
+    begun_.set();
     if (!earlier.empty()) stop("lanes[" + std::to_string(number) + "] had failed before: " + earlier);
   }
   for (const LaneCommand& command : schedule_->commands(number)) {
@@ -95,10 +88,10 @@ void Run::walk(std::size_t number, Lane& lane) {
         if (!stopped_.load(std::memory_order_acquire)) launch(command.argument, lane.threads());
         break;
       case Code::kWait:
-        wait_until_set(events_[event]);
+        events_[event].wait();
         break;
       case Code::kSignal:
-        set(events_[event]);
+        events_[event].set();
         break;
     }
   }

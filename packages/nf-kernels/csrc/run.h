@@ -10,6 +10,7 @@
 
 #include "lane.h"
 #include "schedule.h"
+#include "waiting.h"
 
 namespace nf {
 
@@ -21,7 +22,7 @@ namespace nf {
 // signalling. In the end it is the first lane's error. Where that lane has one already, nothing is launched at all.
 class Run {
  public:
-  // Queues a run. Its first lane's `on_call` and the calls of the program's blocks must stay valid until it is over.
+  // Queues a run. `on_call` and the calls of the program's blocks must stay valid until it is over.
   //
   // Throws std::invalid_argument when there are too few spans or inputs, a node's span is outside of what its block was
   // recorded with or of the inputs, or a lane is there twice.
@@ -49,9 +50,9 @@ class Run {
   Call on_call_;
   std::shared_ptr<Event> end_;
 
-  std::atomic<uint32_t> begun_{0};  // whether the first lane has come to its part
+  Flag begun_;                      // the first lane has come to its part
   std::atomic<uint32_t> ended_{0};  // parts of other lanes
-  std::vector<std::atomic<uint32_t>> events_;
+  std::vector<Flag> events_;
   std::vector<std::pair<int64_t, int64_t>> times_;
 
   std::atomic<bool> has_error_{false};

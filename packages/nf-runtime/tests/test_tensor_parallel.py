@@ -183,10 +183,11 @@ def test_an_iteration_travels() -> None:
     )
     tables = np.array([[4, 2, 0], [1, 0, 0]], dtype=np.int32)
     rows = np.array([2, 3])
-    got = unpack_iteration(pack_iteration(batch, tables, rows))
+    got = unpack_iteration(pack_iteration(batch, tables, rows, 5))
     assert got[0] == batch
     assert np.array_equal(got[1], tables)
     assert np.array_equal(got[2], rows)
+    assert got[3] == 5
 
 
 def test_more_than_two_ranks_are_not_deterministic(tiny_checkpoint: MakeCheckpoint) -> None:
@@ -240,7 +241,7 @@ def test_collectives_of_nano_batches(tiny_checkpoint: MakeCheckpoint) -> None:
                         SamplingParams(temperature=0), 0, batch.token_ids[:1], frozenset()
                     )
                     sampler.add(name, greedy)
-            executor = loaded.make_executor(kv_cache.layers, sampler, 64, communicator)
+            executor = loaded.make_executor(kv_cache.layers, sampler, 64, communicator=communicator)
             sampled = []
             for name in ("sequential", "two-batch", "nanoflow"):
                 plans = for_all_batches(TEMPLATES[name](loaded.graph))

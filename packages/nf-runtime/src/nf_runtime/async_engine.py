@@ -32,6 +32,7 @@ from nf_runtime.messages import (
 )
 from nf_runtime.model_config import read_json
 from nf_runtime.model_source import find_model
+from nf_runtime.pipeline.plan import PlanError
 from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.tokenizer import Tokenizer
 from nf_runtime.validation import validate_request
@@ -202,6 +203,8 @@ class AsyncEngine:
         self._live: dict[str, tuple[RequestStream, Choice]] = {}
         self._choice_names: dict[str, list[str]] = {}
         self._numbers = itertools.count()
+        self._question_numbers = itertools.count()
+        self._questions: dict[int, asyncio.Future[Any]] = {}
         self._receiver = asyncio.create_task(self._receive())
 
     @classmethod
@@ -349,6 +352,40 @@ class AsyncEngine:
         for name in self._choice_names.get(request_id, ()):
             self._send({"abort": name})
 
+    async def timeline(self) -> dict[str, Any]:
+        """The iterations that were timed lately, as a Chrome trace (`nf_runtime.chrome_trace`).
+
+        Raises:
+            EngineDeadError: The engine has ended.
+        """
+        trace: dict[str, Any] = await self._ask({"timeline": True})
+        return trace
+
+    async def set_overlap(self, overlap: str) -> None:
+        """Run iterations by other plans, from the next one on; requests go on.
+
+        Args:
+            overlap: As `EngineConfig.overlap`.
+
+        Raises:
+            PlanError: It names no plan, or one that does not fit; then all stays as it was.
+            EngineDeadError: The engine has ended.
+        """
+        await self._ask({"overlap": overlap})
+
+    async def _ask(self, question: dict[str, Any]) -> Any:
+        """Ask the engine something that it does between two iterations."""
+        if self.dead_reason is not None:
+            raise EngineDeadError(self.dead_reason)
+        number = next(self._question_numbers)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._questions[number] = answer
+        self._send({"ask": question | {"number": number}})
+        try:
+            return await answer
+        finally:
+            del self._questions[number]
+
     async def wait_dead(self) -> str:
         """Wait until the engine process has gone; gives the reason."""
         await self._dead.wait()
@@ -398,6 +435,14 @@ class AsyncEngine:
             self.stats = stats_from_json(message["stats"])
             if not self._ready.done():  # as it is when starting was cancelled
                 self._ready.set_result(message["ready"])
+        elif "answer" in message:
+            answer = message["answer"]
+            question = self._questions.get(answer["number"])
+            if question is not None and not question.done():
+                if "error" in answer:
+                    question.set_exception(PlanError(answer["error"]))
+                else:
+                    question.set_result(answer["value"])
         elif "refused" in message:
             refused = message["refused"]
             stream = self._forget(refused["request_id"])
@@ -443,6 +488,9 @@ class AsyncEngine:
             self._ready.exception()  # seen: nobody may be waiting any more
         for stream, _ in list(self._live.values()):
             stream.fail(EngineDeadError(reason))  # its own: raising an error adds to its traceback
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(EngineDeadError(reason))
         self._live.clear()
         self._choice_names.clear()
         self._dead.set()

@@ -72,6 +72,13 @@ class EngineConfig:
         expert_parallel: A rank has some experts whole, instead of a part of each.
         async_scheduling: Form and start each iteration while the one before runs. False waits for
             every iteration before it forms the next.
+        overlap: Which plans run operations beside each other: `auto` those that were measured to be
+            faster for this model on this device, `off` none; or the name of a template
+            (`nf_runtime.pipeline.templates`), or the path of a plan or plan set.
+        plan_dir: Directory with the plan sets of `auto`; None takes the user's cache directory.
+        native_programs: Record native operations of a CPU once and run them without Python. False
+            gives them to one lane from Python, one by one.
+        timeline_every: One of so many iterations has the times of its operations noted; 0: none.
         replay_log_dir: Directory for logs from which decisions can be repeated
             (`nf_runtime.replay`); None writes none.
         replay_log_max_bytes: Bound of all logs in it; the one of this engine ends when it has half.
@@ -107,6 +114,10 @@ class EngineConfig:
     tensor_parallel_output: str = OUTPUTS[0]
     expert_parallel: bool = False
     async_scheduling: bool = True
+    overlap: str = "auto"
+    plan_dir: str | None = None
+    native_programs: bool = True
+    timeline_every: int = 64
     replay_log_dir: str | None = None
     replay_log_max_bytes: int = 1 << 30
     replay_log_tokens: bool = False
@@ -151,6 +162,15 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise NanoFlowError(f"{name} is {value!r}; expected a positive integer")
+        if type(self.timeline_every) is not int or self.timeline_every < 0:
+            raise NanoFlowError(
+                f"timeline_every is {self.timeline_every!r}; expected a number of iterations, or 0 "
+                "for none"
+            )
+        if not self.overlap:
+            raise NanoFlowError(
+                "overlap is empty; expected auto, off, the name of a template or a file"
+            )
         self._check_service_levels()
         self._check_parallelism()
         if self.kv_cache_tokens is not None and self.kv_device_bytes is not None:

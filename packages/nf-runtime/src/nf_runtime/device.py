@@ -1,16 +1,19 @@
 """Choosing the device and the dtype, and how much memory a device has."""
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from nf_kernels.native import num_threads
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.model_config import ModelConfig
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_CPUINFO = Path("/proc/cpuinfo")
 
 # oneDNN compiles a kernel for every number of rows it meets. It keeps 1024, up to 1 MB each,
 # and torch, calling it, keeps as many again.
@@ -72,6 +75,21 @@ def pick_dtype(name: str, model: ModelConfig) -> torch.dtype:
             f"the checkpoint's dtype is {chosen!r}; choose one of {', '.join(dtypes)} with dtype"
         )
     return dtypes[chosen]
+
+
+def name_device(device: torch.device) -> str:
+    """What a device is, so that what was measured on it is found again on another one like it."""
+    if device.type == "cuda":
+        name: str = torch.cuda.get_device_name(device)
+        return name
+    brand = platform.machine()
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                brand = value.strip()
+                break
+    return f"{brand}, {num_threads()} threads"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +13,9 @@ from nf_kernels import ops
 from nf_kernels.collectives import Communicator
 from nf_kernels.cost import Category
 from nf_kvcache.copier import make_copier
+from nf_runtime.chrome_trace import chrome_trace
 from nf_runtime.config import EngineConfig
-from nf_runtime.device import pick_device
+from nf_runtime.device import name_device, pick_device
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.graph import LayerGraph
@@ -22,6 +25,8 @@ from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.loop import IterationLoop, IterationRunner, LoopStats
 from nf_runtime.model_source import find_model
 from nf_runtime.models import read_config
+from nf_runtime.pipeline.node_cost import NodeCosts
+from nf_runtime.pipeline.plan_store import find_policy
 from nf_runtime.ranks.group import RankGroup
 from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
@@ -84,6 +89,17 @@ class Engine:
         phases["weights"] = clock() - started
 
         started = clock()
+        self.config, self._loaded = config, loaded
+        self._find_policy = partial(
+            find_policy,
+            graph=loaded.graph,
+            model=model,
+            device=name_device(device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            plan_dir=config.plan_dir,
+            tensor_parallel_size=config.tensor_parallel_size,
+        )
+        policy = self._find_policy(config.overlap)
         num_pages, max_model_len = _plan_memory(loaded, group)
         copier = None
         if group is not None:
@@ -95,8 +111,15 @@ class Engine:
         self._recorder = recorder
         self.kv_cache = loaded.make_kv_cache(num_pages, recorder=recorder, copier=copier)
         self.scheduler = make_scheduler(
-            config, self.kv_cache, max_model_len, clock if recorder is None else recorder.clock
+            config,
+            self.kv_cache,
+            max_model_len,
+            clock if recorder is None else recorder.clock,
+            budgets=policy.budgets(config.batch_tokens),
         )
+        phases["kv_cache"] = clock() - started
+
+        started = clock()
         self.sampler = Sampler(
             loaded.operations,
             vocab_size=model.vocab_size,
@@ -104,12 +127,21 @@ class Engine:
             device=device,
         )
         self.executor = loaded.make_executor(
-            self.kv_cache.layers, self.sampler, max_model_len, self._communicator
+            self.kv_cache.layers,
+            self.sampler,
+            max_model_len,
+            communicator=self._communicator,
+            policy=policy,
+            timeline_every=config.timeline_every,
         )
         runner: IterationRunner = self.executor
         if group is not None:
-            runner = GroupRunner(self.executor, self.sampler, group)
+            self.executor.before_launch = group.launch
+            runner = GroupRunner(self.executor, group)
             group.collect("ready")
+        phases["compile"] = clock() - started
+
+        started = clock()
         lag = 1 if config.async_scheduling else 0
         parts = self.scheduler, self.kv_cache, runner
         if recorder is None:
@@ -117,7 +149,6 @@ class Engine:
         else:
             recorder.begin(config, self.kv_cache, max_model_len)
             self.loop = RecordedLoop(recorder, *parts, lag=lag)
-        phases["kv_cache"] = clock() - started
         self.info = EngineInfo(
             model=config.model,
             dtype=str(loaded.dtype).removeprefix("torch."),
@@ -130,7 +161,6 @@ class Engine:
             weight_bytes=weight_bytes,
             startup_seconds=phases,
         )
-        started = clock()
         self._warm_up()
         phases["warm_up"] = clock() - started
 
@@ -163,6 +193,8 @@ class Engine:
             iteration_tokens=self.loop.stats.tokens,
             busy_seconds=self.loop.stats.busy_seconds,
             last_step_time=self.loop.stats.last_commit_time,
+            overlap_steps=self._overlap_steps(),
+            overlap_gain=self.executor.timeline.gain.ratios(),
             lower_tiers=cache.lower,
         )
 
@@ -206,6 +238,39 @@ class Engine:
             request.request_id, RequestSampling(params, request.seed, prompt, stop_ids)
         )
         self._live[request.request_id] = _Live(wants_prompt_logprobs)
+
+    def set_overlap(self, overlap: str) -> None:
+        """Run iterations by other plans, from the next one on; requests go on.
+
+        Args:
+            overlap: As `EngineConfig.overlap`.
+
+        Raises:
+            PlanError: It names no plan, or one that does not fit; then all stays as it was.
+        """
+        self.executor.set_policy(self._find_policy(overlap))
+
+    def node_costs(self) -> NodeCosts:
+        """What nano-operations ask of the device."""
+        model, shard = self._loaded.model, self._loaded.shard
+        return NodeCosts(
+            self._loaded.graph,
+            head_dim=model.head_dim,
+            element_bytes=self._loaded.dtype.itemsize,
+            experts=len(shard.experts(model)),
+            expert_features=len(shard.expert_inner(model)),
+            ranks=shard.size,
+        )
+
+    def timeline(self) -> dict[str, Any]:
+        """The iterations that were timed lately, as a Chrome trace (`nf_runtime.chrome_trace`)."""
+        return chrome_trace(self.executor.timeline.traces)
+
+    def _overlap_steps(self) -> dict[str, dict[str, int]]:
+        steps: dict[str, dict[str, int]] = {}
+        for (mode, reason), count in self.executor.timeline.steps.items():
+            steps.setdefault(mode, {})[reason] = count
+        return steps
 
     def abort(self, request_id: str) -> bool:
         """End a request early; its last output comes with a later `step`. False if not alive."""
@@ -313,9 +378,9 @@ def _plan_memory(loaded: LoadedModel, group: RankGroup | None) -> tuple[int, int
         ModelLoadError: A rank has too little.
     """
     if group is not None:
-        group.tell({"plan": True})
+        group.tell({"size": True})
     own = asdict(loaded.plan_memory())
-    plans = [own] if group is None else [own, *group.collect("planned")]
+    plans = [own] if group is None else [own, *group.collect("sized")]
     for rank, plan in enumerate(plans):
         if plan["problem"] is not None:
             where = f"rank {rank} of {len(plans)}: " if rank else ""

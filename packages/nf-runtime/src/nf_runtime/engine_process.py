@@ -78,6 +78,8 @@ class EngineProcess:
                     engine.abort(command["abort"])
                 elif "rank_ended" in command:
                     raise EngineDeadError(command["rank_ended"])
+                elif "ask" in command:
+                    self._answer(engine, command["ask"])
                 else:
                     engine.close()
                     self._finish()
@@ -104,6 +106,19 @@ class EngineProcess:
                 "overloaded": isinstance(error, QueueFull),
             }
             self._outgoing.put({"refused": refused})
+
+    def _answer(self, engine: Any, question: dict[str, Any]) -> None:
+        """Do what was asked between two iterations, and tell what came of it."""
+        answer: dict[str, Any] = {"number": question["number"]}
+        try:
+            if "overlap" in question:
+                engine.set_overlap(question["overlap"])
+                answer["value"] = None
+            else:
+                answer["value"] = engine.timeline()
+        except NanoFlowError as error:
+            answer["error"] = str(error)
+        self._outgoing.put({"answer": answer})
 
     def _fail(self, message: str, *, expected: bool) -> None:
         self._outgoing.put({"failed": {"message": message, "expected": expected}})

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,18 +16,19 @@ from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
 from nf_runtime.activations import Activations
 from nf_runtime.bound_graph import BoundGraph
-from nf_runtime.device_api import make_device_api
+from nf_runtime.device_api import CpuDevice, make_device_api
 from nf_runtime.device_stream import Moment
 from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.node_times import NodeTimes
 from nf_runtime.pipeline.division import Division, divide
-from nf_runtime.pipeline.plan import Plan, PlanError
+from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan, PlanError
 from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
 from nf_runtime.pipeline.schedule import Schedule
 from nf_runtime.pipeline.schedules import Schedules
 from nf_runtime.pipeline.workspace import plan_workspace
+from nf_runtime.program_runner import ProgramRunner
 from nf_runtime.row_logprobs import PendingLogprobs, to_host
 from nf_runtime.sampler import SamplingPlan, TokenSampler
 from nf_runtime.staged_batch import StagedBatch, stage
@@ -35,6 +37,8 @@ from nf_runtime.stream_runner import LayerHook, StreamRunner
 from nf_runtime.timeline import IterationTrace, Timeline
 from nf_runtime.weights import ModelWeights
 from nf_scheduler import Batch, IterationResult
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ class Executor:
         before_layer: Hooks called before each layer; as long as there are hooks, iterations run
             sequentially.
         after_layer: Hooks called after each layer.
+        before_launch: Told of each iteration before it starts: its batch, page tables, prompt rows
+            whose logits are wanted, and plan. Other ranks are told by it.
         sampler: Chooses tokens; requests announce their parameters to it.
         timeline: What ran when, of some iterations.
     """
@@ -109,6 +115,8 @@ class Executor:
         policy: OverlapPolicy | None = None,
         asynchronous: bool = False,
         communicator: Communicator | None = None,
+        programs: bool = True,
+        timeline_every: int = 0,
     ) -> None:
         """Bind the graph to its weights and plan the workspace.
 
@@ -125,23 +133,27 @@ class Executor:
             policy: Chooses plans; by default the sequential one for all.
             asynchronous: Whether an iteration may be launched while another one is in flight.
             communicator: Of the ranks that run the same batches; None for one alone.
+            programs: Whether native operations of a CPU are recorded once and run without Python;
+                False gives them to one lane from Python, one by one: the slow twin.
+            timeline_every: One of so many iterations has its times noted; 0: none.
 
         Raises:
             PlanError: A plan of the policy does not fit.
         """
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
+        self.before_launch: Callable[[Batch, np.ndarray, np.ndarray, Plan], None] | None = None
         self.sampler = sampler
-        self.timeline = Timeline()
+        self.timeline = Timeline(every=timeline_every)
         self._device = cos_sin.device
         self._page_size = page_size
         self._operations = operations
-        dtype = weights.model["embedding"].dtype
-        workspace = plan_workspace(graph, dtype.itemsize)
+        self._dtype = weights.model["embedding"].dtype
+        workspace = plan_workspace(graph, self._dtype.itemsize)
         self._activations = Activations(
             graph,
             workspace,
-            dtype=dtype,
+            dtype=self._dtype,
             device=self._device,
             max_tokens=max_tokens,
             max_selected=max_requests,
@@ -163,6 +175,14 @@ class Executor:
         self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
         self._launched: deque[_Launched] = deque()
+        self._program_runner: ProgramRunner | None = None
+        if isinstance(self._api, CpuDevice) and programs:
+            self._program_runner = ProgramRunner(
+                self._bound,
+                max_tokens=max_tokens,
+                max_requests=min(max_requests + MAX_NANO_BATCHES, max_tokens),
+                max_selected=max_requests,
+            )
         self._policy = OverlapPolicy(graph)
         if policy is not None:
             self.set_policy(policy)
@@ -208,7 +228,12 @@ class Executor:
             )
 
     def launch(
-        self, batch: Batch, page_tables: np.ndarray, offload: IterationOffload | None = None
+        self,
+        batch: Batch,
+        page_tables: np.ndarray,
+        offload: IterationOffload | None = None,
+        *,
+        choice: Choice | None = None,
     ) -> None:
         """Start one iteration, after those that were launched before.
 
@@ -216,13 +241,59 @@ class Executor:
             batch: What to run.
             page_tables: int32 [requests, pages], pages of each request in order.
             offload: Told when K and V of a layer are about to be written, and when they were.
+            choice: The plan to run it by; by default what the policy chooses.
         """
+        choice = choice or self._choose(batch)
+        self._launch(batch, page_tables, offload, choice, timed=self.timeline.count(choice))
+
+    def trace(self, batch: Batch, page_tables: np.ndarray, choice: Choice) -> IterationTrace:
+        """Run an iteration by a plan, wait for it, and tell how it ran.
+
+        Args:
+            batch: What to run.
+            page_tables: int32 [requests, pages], pages of each request in order.
+            choice: The plan.
+
+        Raises:
+            RuntimeError: Another iteration is in flight.
+        """
+        if self._launched:
+            raise RuntimeError("trace was called with iterations in flight; poll them first")
+        self._launch(batch, page_tables, None, choice, timed=True)
+        launched = self._launched.popleft()
+        launched.collect()
+        if launched.trace is None:
+            raise RuntimeError("the iteration was not timed")
+        trace, times = launched.trace
+        trace.times = times.read()
+        return trace
+
+    def measure(self, measurement: Callable[..., _Result]) -> _Result:
+        """Call a measurement of the device with `operations`, `stream`, `dtype` and `device`."""
+        self.drain()
+        return measurement(
+            self._operations, self._api.stream, dtype=self._dtype, device=self._device
+        )
+
+    def _launch(
+        self,
+        batch: Batch,
+        page_tables: np.ndarray,
+        offload: IterationOffload | None,
+        choice: Choice,
+        *,
+        timed: bool,
+    ) -> None:
+        """Start one iteration by a plan."""
         sampling = self.sampler.plan(batch)
+        if self.before_launch is not None:
+            self.before_launch(batch, page_tables, sampling.prompt_rows, choice.plan)
         num_selected = len(sampling.slots) + len(sampling.prompt_rows)
-        choice, division = self._choose(batch, num_selected)
+        division = _divide(batch, choice.plan, num_selected)
         schedule = self._schedules.get(choice.plan, division.structure, notices=offload is not None)
-        if num_selected:
-            self._activations.reserve_selected(num_selected)
+        moved = self._activations.reserve_selected(num_selected)
+        if moved and self._program_runner is not None:
+            self._program_runner.rebind(num_selected)
         buffer = self._ring.acquire()
         staged = stage(
             batch,
@@ -237,7 +308,7 @@ class Executor:
             buffer.upload()
             # On a CPU the arrays stay where they are, and are read to the end.
             uploaded = None if self._device.type == "cpu" else stream.record()
-            launched = self._run(batch, staged, sampling, choice, schedule, offload)
+            launched = self._run(batch, staged, sampling, choice, schedule, offload, timed)
         self._ring.release(uploaded or launched.done)
         self._launched.append(launched)
 
@@ -271,23 +342,18 @@ class Executor:
         self.drain()
         self._api.close()
 
-    def _choose(self, batch: Batch, num_selected: int) -> tuple[Choice, Division]:
-        """The plan of a batch, and how that cuts it."""
-        decodes, tokens = batch.num_decodes, batch.num_tokens
-        prefills = np.diff(batch.query_start[decodes:])
-
-        def cut(plan: Plan) -> Division:
-            return divide(plan.nano_batches, decodes, prefills, selected=num_selected)
-
+    def _choose(self, batch: Batch) -> Choice:
+        """The plan of a batch."""
         sequential = self._policy.sequential
         if self.before_layer or self.after_layer:
-            return Choice(sequential, Reason.HOOKS), cut(sequential)
+            return Choice(sequential, Reason.HOOKS)
+        tokens, decodes = batch.num_tokens, batch.num_decodes
         choice = self._policy.choose(tokens, decodes)
-        division = cut(choice.plan)
-        if not choice.plan.is_sequential and division.num_occupied < 2:
-            choice = Choice(sequential, Reason.ONE_NANO_BATCH)
-            division = cut(sequential)
-        return choice, division
+        if choice.plan.is_sequential:
+            return choice
+        if _divide(batch, choice.plan, 1).num_occupied < 2:
+            return Choice(sequential, Reason.ONE_NANO_BATCH)
+        return self.timeline.revise(choice, sequential, tokens, decodes)
 
     def _run(
         self,
@@ -297,10 +363,10 @@ class Executor:
         choice: Choice,
         schedule: Schedule,
         offload: IterationOffload | None,
+        timed: bool,
     ) -> _Launched:
         """Give all work of an iteration to the device."""
         stream, buffer = self._api.stream, staged.buffer
-        timed = self.timeline.count(choice)
         if staged.has_unknown_tokens:
             self._operations["feed_sampled"](
                 token_ids=buffer.on_device(BatchInput.TOKEN_IDS.name),
@@ -308,15 +374,20 @@ class Executor:
                 last_sampled=self._last_sampled,
             )
         self._operations.prepare(staged.attention(schedule.attention))
-        times = self._stream_runner.run(
-            schedule,
-            staged,
-            self._api.streams(choice.plan),
-            offload,
-            timed=timed,
-            before_layer=self.before_layer,
-            after_layer=self.after_layer,
-        )
+        streams = self._api.streams(choice.plan)
+        times: NodeTimes | None
+        if self._program_runner is not None and choice.reason is not Reason.HOOKS:
+            times = self._program_runner.run(schedule, staged, streams, offload)
+        else:
+            times = self._stream_runner.run(
+                schedule,
+                staged,
+                streams if self._program_runner is None else [stream] * len(streams),
+                offload,
+                timed=timed,
+                before_layer=self.before_layer,
+                after_layer=self.after_layer,
+            )
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
         logits = self._activations.rows("logits", 0, staged.num_selected)
@@ -332,6 +403,12 @@ class Executor:
             sampled = to_host(sampled)
         prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:], stream)
         trace = None
-        if times is not None:
+        if timed and times is not None:
             trace = IterationTrace.of(batch, schedule, staged.division, choice.reason), times
         return _Launched(batch, sampled, logprobs, prompt_logprobs, stream.record(), trace)
+
+
+def _divide(batch: Batch, plan: Plan, num_selected: int) -> Division:
+    """How a plan cuts a batch."""
+    prefills = np.diff(batch.query_start[batch.num_decodes :])
+    return divide(plan.nano_batches, batch.num_decodes, prefills, selected=num_selected)

@@ -21,6 +21,7 @@ from nf_runtime.model_config import ModelConfig
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
 from nf_runtime.parallelism import Shard
+from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.replay.recorder import Recorder
 from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import TokenSampler
@@ -85,9 +86,16 @@ class LoadedModel:
         kv_layers: list[tuple[Tensor, Tensor]],
         sampler: TokenSampler,
         max_model_len: int,
+        *,
         communicator: Communicator | None,
+        policy: OverlapPolicy | None = None,
+        timeline_every: int = 0,
     ) -> Executor:
-        """What runs batches; arguments as of `Executor`."""
+        """What runs batches; arguments as of `Executor`.
+
+        Raises:
+            PlanError: A plan of the policy does not fit.
+        """
         config = self.config
         return Executor(
             self.graph,
@@ -99,8 +107,11 @@ class LoadedModel:
             page_size=config.page_size,
             max_tokens=config.batch_tokens,
             max_requests=config.max_num_seqs,
+            policy=policy,
             asynchronous=config.async_scheduling,
             communicator=communicator,
+            programs=config.native_programs,
+            timeline_every=timeline_every,
         )
 
 

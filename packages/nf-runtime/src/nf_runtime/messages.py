@@ -1,9 +1,10 @@
 """What the engine process and its parent say to each other: JSON frames on a socket.
 
 A frame is its length, 4 bytes little-endian, and a JSON object whose first key says what it is. The
-parent sends `config` once, then `add`, `abort` and `stop`. The engine process sends `ready` (with
-`stats`) once it has loaded, then `outputs` (with `stats`) after every iteration, `refused` for a
-request that it cannot run or has no room for, and `failed` when it has to end.
+parent sends `config` once, then `add`, `abort`, `ask` and `stop`. The engine process sends `ready`
+(with `stats`) once it has loaded, then `outputs` (with `stats`) after every iteration, `refused`
+for a request that it cannot run or has no room for, `answer` to what was asked, and `failed` when
+it has to end.
 """
 
 import json

@@ -168,6 +168,7 @@ class Sampler:
         self._settle(request_ids, slots)
         positions = batch.context_lens[rows] + np.diff(batch.query_start)[rows]
         spans = self._prompt_spans(batch)
+        prompt_rows = [np.arange(span.row, span.row + span.count) for span in spans]
         return SamplingPlan(
             slots=slots,
             arrays={
@@ -184,12 +185,8 @@ class Sampler:
                 for name in (request_ids[row],)
             ],
             prompt_spans=spans,
-            prompt_rows=_rows_of(spans),
+            prompt_rows=np.concatenate([np.empty(0, dtype=np.int64), *prompt_rows]),
         )
-
-    def prompt_rows(self, batch: Batch) -> np.ndarray:
-        """Rows of prompts whose log-probabilities are wanted, int64, as in the batch's plan."""
-        return _rows_of(self._prompt_spans(batch))
 
     def sample(
         self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer, stream: DeviceStream
@@ -285,12 +282,6 @@ class Sampler:
                 or params.min_tokens
                 or params.logprobs is not None
             )
-
-
-def _rows_of(spans: list[_PromptSpan]) -> np.ndarray:
-    """The rows of some spans, int64."""
-    rows = [np.arange(span.row, span.row + span.count) for span in spans]
-    return np.concatenate([np.empty(0, dtype=np.int64), *rows])
 
 
 class _SpecialRows:

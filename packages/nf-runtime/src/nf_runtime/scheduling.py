@@ -15,11 +15,16 @@ from nf_scheduler import (
     SchedulerConfig,
     ServiceLevel,
     SloAware,
+    TokenBudget,
 )
 
 
 def make_scheduler(
-    config: EngineConfig, pages: PageBudget, max_model_len: int, clock: Callable[[], float]
+    config: EngineConfig,
+    pages: PageBudget,
+    max_model_len: int,
+    clock: Callable[[], float],
+    budgets: tuple[TokenBudget, ...] = (),
 ) -> Scheduler:
     """The scheduler of an engine.
 
@@ -28,6 +33,7 @@ def make_scheduler(
         pages: Who owns the KV pages.
         max_model_len: Tokens of a prompt and its answer.
         clock: Seconds.
+        budgets: Tokens of a batch by number of decodes, where plans say so.
     """
     lengths = OutputLengths(max_model_len)
     return Scheduler(
@@ -37,6 +43,7 @@ def make_scheduler(
             max_num_batched_tokens=config.batch_tokens,
             max_num_seqs=config.max_num_seqs,
             max_prefill_chunk=config.max_prefill_chunk,
+            budgets=budgets,
             max_queued_requests=config.max_num_queued_reqs,
             max_queued_tokens=config.max_num_queued_tokens,
         ),

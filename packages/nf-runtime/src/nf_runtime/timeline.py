@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from nf_runtime.graph import Rows
 from nf_runtime.pipeline.division import Division
+from nf_runtime.pipeline.overlap_gain import OverlapGain
+from nf_runtime.pipeline.plan import Plan
 from nf_runtime.pipeline.policy import Choice, Reason
-from nf_runtime.pipeline.schedule import Schedule
+from nf_runtime.pipeline.schedule import Node, Schedule
 from nf_scheduler import Batch
 
 _KEPT = 64  # iterations
@@ -24,7 +28,7 @@ class IterationTrace:
         iteration: Its number.
         tokens: Of its batch.
         decodes: So many of them.
-        context: Tokens of all requests before it.
+        contexts: int [requests], tokens of each request before it.
         reason: Why it ran by its plan.
         schedule: Of its plan.
         division: How its batch was cut.
@@ -35,7 +39,7 @@ class IterationTrace:
     iteration: int
     tokens: int
     decodes: int
-    context: int
+    contexts: np.ndarray
     reason: Reason
     schedule: Schedule
     division: Division
@@ -50,11 +54,30 @@ class IterationTrace:
             iteration=batch.iteration,
             tokens=batch.num_tokens,
             decodes=batch.num_decodes,
-            context=int(batch.context_lens.sum()),
+            contexts=batch.context_lens.copy(),
             reason=reason,
             schedule=schedule,
             division=division,
         )
+
+    def token_range(self, node: Node) -> tuple[int, int]:
+        """First row of the batch that a nano-operation works on, and end; of selected rows, all."""
+        rows = Rows.ALL if node.operation.rows is Rows.SELECTED else node.operation.rows
+        return self.division.rows(rows, node.first, node.end)
+
+    def summary(self) -> dict[str, Any]:
+        """What is to be said of it in a few numbers, as JSON takes them."""
+        return {
+            "iteration": self.iteration,
+            "plan": self.schedule.plan.name,
+            "reason": str(self.reason),
+            "tokens": self.tokens,
+            "decodes": self.decodes,
+            "context_tokens": int(self.contexts.sum()),
+            "wall_ms": self.wall_ns / 1e6,
+            "concurrency": round(self.concurrency, 4),
+            "idle_ms": {lane: ns / 1e6 for lane, ns in self.idle_ns().items()},
+        }
 
     @property
     def ran(self) -> np.ndarray:
@@ -106,14 +129,19 @@ class IterationTrace:
 class Timeline:
     """The iterations that were timed lately, and how all of them ran.
 
-    Attributes:
+    Args:
         every: One of so many iterations is timed; 0: none.
+
+    Attributes:
+        every: See above.
         steps: How many iterations ran by which plan for which reason; grows.
+        gain: What overlap gains.
     """
 
     def __init__(self, *, every: int = 0) -> None:
         self.every = every
         self.steps: Counter[tuple[str, str]] = Counter()
+        self.gain = OverlapGain()
         self._since = 0
         self._traces: deque[IterationTrace] = deque(maxlen=_KEPT)
 
@@ -122,13 +150,17 @@ class Timeline:
         """The iterations that were timed, the last one last."""
         return tuple(self._traces)
 
+    def revise(self, choice: Choice, sequential: Plan, tokens: int, decodes: int) -> Choice:
+        """The choice itself, or the sequential plan where that is to be measured now."""
+        return self.gain.revise(choice, sequential, tokens, decodes) if self.every else choice
+
     def count(self, choice: Choice) -> bool:
         """Count an iteration; whether it is to be timed."""
         self.steps[choice.plan.name, str(choice.reason)] += 1
         if not self.every:
             return False
         self._since += 1
-        if self._since < self.every:
+        if self._since < self.every and choice.reason is not Reason.REFERENCE:
             return False
         self._since = 0
         return True
@@ -137,6 +169,8 @@ class Timeline:
         """Keep an iteration that was timed."""
         trace.times = times
         self._traces.append(trace)
+        name = trace.schedule.plan.name
+        self.gain.add(name, trace.reason, trace.tokens, trace.decodes, trace.wall_ns)
 
     def clear(self) -> None:
         """Forget the iterations that were timed."""

@@ -118,8 +118,8 @@ class CpuProgram:
             block = self._native.record(lambda: operation(**arguments))
         if block is None:
             raise NotRecordable(
-                f"{name} cannot be recorded; expected an operation of ops.CPU that does not sample, "
-                f"use CpuProgram.call"
+                f"{name} cannot be recorded; expected an operation of ops.CPU that does not "
+                f"sample, use CpuProgram.call"
             )
         self._kept.append(arguments)
         return int(block)

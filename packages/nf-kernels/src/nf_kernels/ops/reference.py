@@ -176,8 +176,8 @@ def prefill_attention(
         k_cache: [pages, G, page_size, d], the queries' own keys included.
         v_cache: As `k_cache`.
         page_table: int32 [requests, P].
-        query_start: int32 [requests + 1], rows of `q` of each request, counted from its first number
-            on, which is 0 where all rows are given (and must be in the CUDA set).
+        query_start: int32 [requests + 1], rows of `q` of each request, counted from the first of
+            these numbers on, which must be 0 in the CUDA set.
         seq_lens: int32 [requests], tokens in pages, the queries' own included.
         scale: Factor on the scores.
         window: Keys a query sees, itself included; 0 means all.

@@ -69,6 +69,7 @@ class Division:
         segment_request: int [S], number of the prefill that each segment is of, from 0.
         segment_start: int [S + 1], first row of each segment, from 0 at the first prefill row.
         first_segment: First segment of each nano-batch, and the end of the last.
+        num_selected: Rows whose logits are wanted.
         structure: See there.
     """
 
@@ -77,6 +78,7 @@ class Division:
     segment_request: np.ndarray
     segment_start: np.ndarray
     first_segment: tuple[int, ...]
+    num_selected: int
     structure: Structure
 
     @property
@@ -120,7 +122,8 @@ def divide(
         occupied = (num_decodes > 0) | (num_prefill > 0) << 1
         structure = Structure(1, occupied, (0,), selected > 0)
         segments = np.arange(len(prefills))
-        return Division(bounds, num_decodes, segments, starts, (0, len(segments)), structure)
+        whole = (0, len(segments))
+        return Division(bounds, num_decodes, segments, starts, whole, selected, structure)
     cuts = np.clip(np.array(bounds), num_decodes, None) - num_decodes
     starts = np.unique(np.concatenate(([0], ends, cuts)))
     requests = np.searchsorted(ends, starts[:-1], side="right")
@@ -143,6 +146,7 @@ def divide(
         requests,
         starts,
         tuple(first_segment.tolist()),
+        selected,
         Structure(count, occupied, tuple(context_from), selected > 0),
     )
 

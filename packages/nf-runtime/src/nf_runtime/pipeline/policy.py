@@ -9,6 +9,7 @@ from pathlib import Path
 from nf_runtime.graph import LayerGraph
 from nf_runtime.pipeline.plan import Plan, PlanError, PlanSet, for_all_batches, read_plan_set
 from nf_runtime.pipeline.templates import TEMPLATES, sequential
+from nf_scheduler import TokenBudget
 
 
 class Reason(StrEnum):
@@ -59,6 +60,22 @@ class OverlapPolicy:
         self.sequential = sequential(graph)
         self._without = reason
         self._only_gains = only_gains
+
+    def budgets(self, most: int) -> tuple[TokenBudget, ...]:
+        """Tokens of a batch by number of decodes, as the buckets say.
+
+        Args:
+            most: Tokens that any batch may have.
+        """
+        found: dict[int, TokenBudget] = {}
+        for bucket in self.plan_set.buckets if self.plan_set is not None else ():
+            if bucket.token_budget is None:
+                continue
+            tokens = min(bucket.token_budget, most)
+            decodes = max(1, int(bucket.decode_share[1] * tokens))
+            chunk = min(bucket.prefill_chunk or tokens, tokens)
+            found.setdefault(decodes, TokenBudget(decodes, tokens, chunk))
+        return tuple(found[decodes] for decodes in sorted(found))
 
     def choose(self, tokens: int, decodes: int) -> Choice:
         """The plan of a batch.

@@ -1,9 +1,9 @@
 """What rank 0 and the other ranks say to each other: frames on a socket, nothing pickled.
 
 A frame is its kind (1 byte), the length of its body (4 bytes, little-endian) and the body. While
-starting, both sides send JSON objects with one key: rank 0 `config`, `plan`, `start` and at last
-`stop`; another rank `loaded`, `planned`, `ready`, and `failed` when it has to end. In between, rank
-0 sends iterations and copies of pages.
+starting, both sides send JSON objects with one key: rank 0 `config`, `size`, `start` and at last
+`stop`; another rank `loaded`, `sized`, `ready`, and `failed` when it has to end. In between, rank 0
+sends plans, iterations and copies of pages.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from nf_scheduler import Batch
 
 _HEADER = struct.Struct("<BI")
-_SIZES = struct.Struct("<III")  # bytes of the batch, pages of a table, prompt rows
+_SIZES = struct.Struct("<IIII")  # number of the plan, bytes of the batch, pages, prompt rows
 _PAGES = struct.Struct("<II")
 
 
@@ -26,8 +26,10 @@ class Kind(IntEnum):
 
     MESSAGE = ord("M")
     """A JSON object."""
+    PLAN = ord("P")
+    """A plan that iterations will run by, as JSON; they name it by its number, counted from 0."""
     ITERATION = ord("I")
-    """A batch, its page tables, and the prompt rows whose logits are wanted."""
+    """A batch, its page tables, its plan, and the prompt rows whose logits are wanted."""
     DUPLICATE = ord("D")
     """A page of KV, and the one it is copied to."""
 
@@ -59,18 +61,21 @@ def pack_message(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode()
 
 
-def pack_iteration(batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarray) -> bytes:
+def pack_iteration(
+    batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarray, plan: int
+) -> bytes:
     """The body of an `ITERATION`.
 
     Args:
         batch: n requests.
         page_tables: int32 [n, pages].
         prompt_rows: int64.
+        plan: Its number.
     """
     data = batch.to_bytes()
     return b"".join(
         (
-            _SIZES.pack(len(data), page_tables.shape[1], len(prompt_rows)),
+            _SIZES.pack(plan, len(data), page_tables.shape[1], len(prompt_rows)),
             data,
             page_tables.astype("<i4", copy=False).tobytes(),
             prompt_rows.astype("<i8", copy=False).tobytes(),
@@ -78,13 +83,14 @@ def pack_iteration(batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarra
     )
 
 
-def unpack_iteration(body: bytes) -> tuple[Batch, np.ndarray, np.ndarray]:
+def unpack_iteration(body: bytes) -> tuple[Batch, np.ndarray, np.ndarray, int]:
     """What `pack_iteration` was given."""
-    size, width, num_prompt_rows = _SIZES.unpack_from(body)
+    plan, size, width, num_prompt_rows = _SIZES.unpack_from(body)
     start = _SIZES.size + size
     batch = Batch.from_bytes(body[_SIZES.size : start])
     tables = np.frombuffer(body, "<i4", len(batch) * width, start).reshape(len(batch), width)
-    return batch, tables, np.frombuffer(body, "<i8", num_prompt_rows, start + tables.nbytes)
+    rows = np.frombuffer(body, "<i8", num_prompt_rows, start + tables.nbytes)
+    return batch, tables, rows, plan
 
 
 def pack_duplicate(source: int, target: int) -> bytes:

@@ -19,6 +19,7 @@ from nf_kernels import num_threads, set_num_threads
 from nf_kernels.collectives import Communicator, CommunicatorError, connect
 from nf_runtime.config import EngineConfig
 from nf_runtime.errors import EngineDeadError, ModelLoadError, NanoFlowError
+from nf_runtime.pipeline.plan import Plan
 from nf_runtime.ranks.frames import (
     Kind,
     pack_duplicate,
@@ -55,6 +56,7 @@ class RankGroup:
         self._reason: str | None = None
         self._is_started = self._is_closing = False
         self._watchers: list[Callable[[str], None]] = []
+        self._plans: dict[Plan, int] = {}  # those that the other ranks know
         self._threads = (num_threads(), torch.get_num_threads())
         environment = dict(os.environ)
         if device == "cpu" and _THREADS not in environment:
@@ -136,13 +138,19 @@ class RankGroup:
         if is_late:
             watcher(str(self.failure()))
 
-    def launch(self, batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarray) -> None:
-        """Start an iteration on the other ranks; arguments as of `pack_iteration`.
+    def launch(
+        self, batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarray, plan: Plan
+    ) -> None:
+        """Start an iteration on the other ranks; as `Executor.before_launch`.
 
         Raises:
             EngineDeadError: A rank has ended.
         """
-        self._broadcast(Kind.ITERATION, pack_iteration(batch, page_tables, prompt_rows))
+        number = self._plans.get(plan)
+        if number is None:
+            number = self._plans[plan] = len(self._plans)
+            self._broadcast(Kind.PLAN, plan.model_dump_json().encode())
+        self._broadcast(Kind.ITERATION, pack_iteration(batch, page_tables, prompt_rows, number))
 
     def duplicate(self, source: int, target: int) -> None:
         """Copy a page of KV to another on the other ranks, behind what was launched there.

@@ -66,12 +66,14 @@ class RankProcess:
         from nf_kernels.collectives import connect
         from nf_kvcache.copier import make_copier
         from nf_runtime.loaded_model import load_model
+        from nf_runtime.pipeline.plan import Plan
+        from nf_runtime.pipeline.policy import Choice, Reason
         from nf_runtime.ranks.following_sampler import FollowingSampler
 
         loaded = load_model(config, rank)
         self._send({"loaded": loaded.weights.num_bytes})
-        self._message("plan")
-        self._send({"planned": asdict(loaded.plan_memory())})
+        self._message("size")
+        self._send({"sized": asdict(loaded.plan_memory())})
         start = self._message("start")
         communicator = connect(
             device=loaded.device,
@@ -83,17 +85,21 @@ class RankProcess:
         kv_cache = loaded.make_kv_cache(start["num_pages"], copier=copier)
         sampler = FollowingSampler(loaded.device)
         executor = loaded.make_executor(
-            kv_cache.layers, sampler, start["max_model_len"], communicator
+            kv_cache.layers, sampler, start["max_model_len"], communicator=communicator
         )
         waiter = threading.Thread(target=self._wait_for_iterations, args=(executor,), daemon=True)
         waiter.start()
         self._send({"ready": True})
+        choices: list[Choice] = []
         while True:
             kind, body = self._frames.get()
             if kind is Kind.ITERATION:
-                batch, page_tables, sampler.prompt_rows = unpack_iteration(body)
-                executor.launch(batch, page_tables)
+                batch, page_tables, sampler.prompt_rows, number = unpack_iteration(body)
+                executor.launch(batch, page_tables, choice=choices[number])
                 self._launched.put(True)
+            elif kind is Kind.PLAN:
+                plan = Plan.model_validate_json(body)
+                choices.append(Choice(plan, Reason.PLANNED))
             elif kind is Kind.DUPLICATE:
                 pages = unpack_duplicate(body)
                 executor.call(partial(copier.duplicate, kv_cache.layers, *pages))

@@ -9,7 +9,6 @@ from nf_kvcache.copier import Copier, Download, Event, Layer
 from nf_runtime.executor import Executor
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.ranks.group import RankGroup
-from nf_runtime.sampler import Sampler
 from nf_scheduler import Batch
 
 
@@ -19,14 +18,12 @@ class GroupRunner:
     Whatever fails on rank 0, too, ends the group: the other ranks would wait for it for ever.
 
     Args:
-        executor: Of rank 0.
-        sampler: Its sampler.
+        executor: Of rank 0; it tells the others of each iteration (`Executor.before_launch`).
         group: The other ranks.
     """
 
-    def __init__(self, executor: Executor, sampler: Sampler, group: RankGroup) -> None:
+    def __init__(self, executor: Executor, group: RankGroup) -> None:
         self._executor = executor
-        self._sampler = sampler
         self._group = group
 
     def launch(
@@ -38,7 +35,6 @@ class GroupRunner:
             EngineDeadError: A rank has ended.
         """
         try:
-            self._group.launch(batch, page_tables, self._sampler.prompt_rows(batch))
             self._executor.launch(batch, page_tables, offload)
         except Exception as error:
             raise self._group.failure(error) from error
