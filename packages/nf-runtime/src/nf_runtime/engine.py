@@ -90,9 +90,10 @@ class Engine:
 
         started = clock()
         self.config, self._loaded = config, loaded
+        self.graph = loaded.graph
         self._find_policy = partial(
             find_policy,
-            graph=loaded.graph,
+            graph=self.graph,
             model=model,
             device=name_device(device),
             dtype=str(loaded.dtype).removeprefix("torch."),
@@ -254,7 +255,7 @@ class Engine:
         """What nano-operations ask of the device."""
         model, shard = self._loaded.model, self._loaded.shard
         return NodeCosts(
-            self._loaded.graph,
+            self.graph,
             head_dim=model.head_dim,
             element_bytes=self._loaded.dtype.itemsize,
             experts=len(shard.experts(model)),

@@ -98,6 +98,8 @@ class Executor:
             whose logits are wanted, and plan. Other ranks are told by it.
         sampler: Chooses tokens; requests announce their parameters to it.
         timeline: What ran when, of some iterations.
+        workspace: Where edges are.
+        stream_runner: Runs plans where programs do not.
     """
 
     def __init__(
@@ -149,10 +151,10 @@ class Executor:
         self._page_size = page_size
         self._operations = operations
         self._dtype = weights.model["embedding"].dtype
-        workspace = plan_workspace(graph, self._dtype.itemsize)
+        self.workspace = plan_workspace(graph, self._dtype.itemsize)
         self._activations = Activations(
             graph,
-            workspace,
+            self.workspace,
             dtype=self._dtype,
             device=self._device,
             max_tokens=max_tokens,
@@ -169,8 +171,8 @@ class Executor:
             collectives=self._collectives,
             max_tokens=max_tokens,
         )
-        self._schedules = Schedules(graph, workspace)
-        self._stream_runner = StreamRunner(self._bound)
+        self._schedules = Schedules(graph, self.workspace)
+        self.stream_runner = StreamRunner(self._bound)
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
         self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
@@ -351,7 +353,8 @@ class Executor:
         choice = self._policy.choose(tokens, decodes)
         if choice.plan.is_sequential:
             return choice
-        if _divide(batch, choice.plan, 1).num_occupied < 2:
+        several = len(choice.plan.nano_batches) > 1
+        if several and _divide(batch, choice.plan, 1).num_occupied < 2:
             return Choice(sequential, Reason.ONE_NANO_BATCH)
         return self.timeline.revise(choice, sequential, tokens, decodes)
 
@@ -379,7 +382,7 @@ class Executor:
         if self._program_runner is not None and choice.reason is not Reason.HOOKS:
             times = self._program_runner.run(schedule, staged, streams, offload)
         else:
-            times = self._stream_runner.run(
+            times = self.stream_runner.run(
                 schedule,
                 staged,
                 streams if self._program_runner is None else [stream] * len(streams),

@@ -20,14 +20,23 @@ LayerHook = Callable[[int, Mapping[str, Tensor]], None]
 """Called with the number of a layer and the batch's rows of every edge."""
 
 
+def _launch_order(schedule: Schedule) -> Iterable[tuple[int, Code, int]]:
+    return schedule.launch_order
+
+
 class StreamRunner:
     """Gives a schedule's operations to streams from this thread, one by one.
 
     Args:
         bound: The model.
+
+    Attributes:
+        order: Gives the order in which a schedule's commands are given: lane, code and argument of
+            each. One stream for all lanes does them in this order.
     """
 
     def __init__(self, bound: BoundGraph) -> None:
+        self.order: Callable[[Schedule], Iterable[tuple[int, Code, int]]] = _launch_order
         self._bound = bound
 
     def run(
@@ -37,7 +46,6 @@ class StreamRunner:
         streams: Sequence[DeviceStream],
         offload: IterationOffload | None,
         *,
-        order: Iterable[tuple[int, Code, int]] | None = None,
         timed: bool = False,
         before_layer: Sequence[LayerHook] = (),
         after_layer: Sequence[LayerHook] = (),
@@ -47,10 +55,8 @@ class StreamRunner:
         Args:
             schedule: Of the iteration.
             staged: Its batch.
-            streams: Of each lane; the first begins and ends the iteration. One stream for all lanes
-                is enough: then the order in which operations are given decides.
+            streams: Of each lane; the first begins and ends the iteration. All may be one.
             offload: Told of each layer's K and V, where the schedule has that.
-            order: Lane, code and argument of all commands; by default `schedule.launch_order`.
             timed: Whether to note when every operation starts and ends.
             before_layer: Called before each layer, of a plan with one lane.
             after_layer: Called after each layer, likewise.
@@ -64,7 +70,7 @@ class StreamRunner:
         self._fork(streams)
         layer = -1
         count = len(schedule.graph.layers)
-        for lane, code, argument in order or schedule.launch_order:
+        for lane, code, argument in self.order(schedule):
             stream = streams[lane]
             if code is Code.WAIT:
                 stream.wait(events[argument])

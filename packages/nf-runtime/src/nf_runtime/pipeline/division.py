@@ -110,7 +110,7 @@ def divide(
     Args:
         nano_batches: Of the plan.
         num_decodes: Requests with one token each, which come first.
-        prefills: int [P], new tokens of each of the others.
+        prefills: int [P], new tokens of each of the others, at least one.
         selected: Rows whose logits are wanted.
     """
     ends = np.cumsum(prefills)

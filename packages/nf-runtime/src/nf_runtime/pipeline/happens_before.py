@@ -10,25 +10,30 @@ import numpy as np
 
 from nf_runtime.graph import BatchInput, Rows
 from nf_runtime.pipeline.division import Division
-from nf_runtime.pipeline.schedule import Code, Node, Schedule
+from nf_runtime.pipeline.schedule import AFTER_APPEND, BEFORE_APPEND, Code, Node, Schedule
 from nf_runtime.pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """Two nano-operations that use the same memory, the second of which may not wait for the first.
+    """Two nano-operations that use the same memory as the model does not.
 
     Attributes:
         first: Who comes first in the model.
         second: Who comes second.
         memory: What both use.
+        is_ordered: False where the second may not wait for the first. True where it does, and the
+            first has overwritten what the second reads.
     """
 
     first: str
     second: str
     memory: str
+    is_ordered: bool = False
 
     def __str__(self) -> str:
+        if self.is_ordered:
+            return f"{self.first} overwrites what {self.second} reads: both use {self.memory}"
         return f"{self.second} is not ordered after {self.first}: both use {self.memory}"
 
 
@@ -45,32 +50,43 @@ class _Use:
     def meets(self, other: _Use) -> bool:
         return (
             (self.writes or other.writes)
-            and self.rows[0] < other.rows[1]
-            and other.rows[0] < self.rows[1]
-            and self.columns[0] < other.columns[1]
-            and other.columns[0] < self.columns[1]
+            and _overlap(self.rows, other.rows)
+            and _overlap(self.columns, other.columns)
         )
+
+
+def _overlap(mine: tuple[int, int], other: tuple[int, int]) -> bool:
+    return max(mine[0], other[0]) < min(mine[1], other[1])
 
 
 def find_races(
     schedule: Schedule, division: Division, workspace: Workspace, contexts: np.ndarray
 ) -> list[Race]:
-    """Every use of memory that the schedule does not order as the model does.
+    """Every use of memory that is not as in the model.
+
+    That is two uses that the schedule does not order, or an edge that is overwritten by another
+    before it is read.
 
     It looks at rows and bytes, and not at what the compiler has found. Vector clocks (Fidge, 1988;
     Mattern, 1989) tell what each lane knows: two uses are ordered where the second one's lane, when
-    it comes to it, has heard that the first has ended.
+    it comes to it, has heard that the first has ended. A notice that K and V are about to be
+    appended counts as a write of them all, one that they were as a read.
 
     Args:
         schedule: What is checked.
         division: Of a batch.
         workspace: Where its edges are.
         contexts: int [requests], tokens of each request before this batch.
+
+    Raises:
+        RuntimeError: Lanes of the schedule wait for each other.
+        KeyError: The schedule does not launch one of its nodes.
     """
     clocks, ends = _clocks(schedule)
     races = []
     for uses in _uses(schedule, division, workspace, contexts).values():
         uses.sort(key=lambda use: use.node)
+        races += _overwritten(schedule, uses)
         for first, second in combinations(uses, 2):
             if first.node == second.node or not first.meets(second):
                 continue
@@ -79,6 +95,36 @@ def find_races(
                 nodes = schedule.node(first.node), schedule.node(second.node)
                 shared = first.name if first.name == second.name else f"{first.name}, {second.name}"
                 races.append(Race(str(nodes[0]), str(nodes[1]), shared))
+    return races
+
+
+def _overwritten(schedule: Schedule, uses: list[_Use]) -> list[Race]:
+    """Reads of rows that another edge was written to after the edge itself.
+
+    Args:
+        schedule: What is checked.
+        uses: Of one buffer, or of the keys and values of one request, in the order of the model.
+    """
+    races = []
+    for end, read in enumerate(uses):
+        if read.writes:
+            continue
+        first = read.rows[0]
+        is_lost = np.ones(read.rows[1] - first, dtype=bool)  # not yet found to be written
+        before = [use for use in uses[:end] if use.writes and use.node < read.node]
+        # What an operation writes beside what it reads must not be in the same memory either.
+        own = [use for use in uses if use.writes and use.node == read.node]
+        for write in (*(use for use in own if use.name != read.name), *reversed(before)):
+            low, high = (max(row - first, 0) for row in write.rows)
+            if not read.meets(write) or not is_lost[low:high].any():
+                continue
+            if write.name != read.name:
+                nodes = schedule.node(write.node), schedule.node(read.node)
+                memory = f"{write.name}, {read.name}"
+                races.append(Race(str(nodes[0]), str(nodes[1]), memory, is_ordered=True))
+            is_lost[low:high] = False
+            if not is_lost.any():
+                break
     return races
 
 
@@ -130,6 +176,9 @@ def _cache_tokens(
 ) -> list[tuple[int, tuple[int, int], bool]]:
     """Of which requests a node reads or writes K and V, of which tokens, and whether it writes."""
     operation = node.operation
+    if operation in (BEFORE_APPEND, AFTER_APPEND):
+        tokens = 0, int(contexts.max(initial=0)) + division.bounds[-1] + 1
+        return [(request, tokens, operation == BEFORE_APPEND) for request in range(len(contexts))]
     caches = [
         source
         for source in operation.inputs.values()

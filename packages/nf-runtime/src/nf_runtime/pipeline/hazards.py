@@ -48,7 +48,8 @@ class Hazards:
     """Finds, in the order of the model, on whom each reader and writer depends.
 
     It depends on who wrote what it reads; and who writes, on whoever read or wrote what was in that
-    memory before.
+    memory before. A write to an edge stands for all use of the edge's rows before; not for that of
+    other edges, with which it may share some columns only.
 
     Args:
         sharing: For each edge, those that share memory with it (`Workspace.sharing`).
@@ -69,12 +70,11 @@ class Hazards:
         found = set()
         for other in self._sharing[edge]:
             for users in (self._writers[other], self._readers[other]):
-                kept = []
                 for used, user in users:
-                    if used & cells and user != node:
+                    if used & cells:
                         found.add(user)
-                    if left := used & ~cells:
-                        kept.append((left, user))
-                users[:] = kept
+        for users in (self._writers[edge], self._readers[edge]):
+            users[:] = [(left, user) for used, user in users if (left := used & ~cells)]
         self._writers[edge].append((cells, node))
+        found.discard(node)
         return found

@@ -3,61 +3,50 @@
 from __future__ import annotations
 
 
+def start_of(node: int) -> int:
+    """The event of a node's start; that of its end is the node's own number."""
+    return -1 - node
+
+
 class LaneClocks:
     """Vector clocks (Fidge, 1988; Mattern, 1989) of lanes, to leave out waits that others imply.
 
-    Nodes are placed one after the other, each behind all that it depends on.
+    Nodes are placed one after the other, each behind all that it waits for.
 
     Args:
         num_lanes: Of the schedule.
     """
 
     def __init__(self, num_lanes: int) -> None:
-        self._now = [[-1] * num_lanes for _ in range(num_lanes)]  # by lane, places on every lane
-        self._starts: dict[int, list[int]] = {}
-        self._ends: dict[int, list[int]] = {}
-        self._where: dict[int, tuple[int, int]] = {}
+        self._known = [[-1] * num_lanes for _ in range(num_lanes)]  # by lane, a time on every lane
+        self._events: dict[int, tuple[int, int, list[int]]] = {}  # lane, time, what it knows then
         self._node = self._lane = -1
 
-    def begin(self, lane: int, node: int, place: int) -> None:
-        """Place a node on a lane, behind the one before.
-
-        Args:
-            lane: Its number.
-            node: Its number.
-            place: Grows with every node.
-        """
+    def begin(self, lane: int, node: int) -> None:
+        """Place a node on a lane, behind the one before."""
         self._node, self._lane = node, lane
-        self._where[node] = lane, place
 
-    def place(self, node: int) -> int:
-        """Where a node was placed."""
-        return self._where[node][1]
+    def time(self, event: int) -> int:
+        """When an event was placed; whatever happens before it has an earlier time."""
+        return self._events[event][1]
 
-    def wait_for_end(self, node: int) -> bool:
-        """Let the current node run after the end of another; whether it has to wait for that."""
-        lane, place = self._where[node]
-        if self._now[self._lane][lane] >= place:
+    def wait_for(self, event: int) -> bool:
+        """Let the current node run after an event; whether its lane has to wait for that.
+
+        Of several events the latest comes first, as it may imply the others.
+        """
+        lane, time, theirs = self._events[event]
+        mine = self._known[self._lane]
+        if mine[lane] >= time:
             return False
-        self._merge(self._ends[node])
-        return True
-
-    def wait_for_start(self, node: int) -> bool:
-        """Let the current node run after the start of another; whether it has to wait for that."""
-        lane, place = self._where[node]
-        if lane == self._lane or self._now[self._lane][lane] >= place:
-            return False
-        self._merge(self._starts[node])
+        for other, known in enumerate(theirs):
+            if known > mine[other]:
+                mine[other] = known
         return True
 
     def end(self) -> None:
-        """The current node is complete."""
-        now = self._now[self._lane]
-        self._starts[self._node] = now.copy()
-        now[self._lane] = self._where[self._node][1]
-        self._ends[self._node] = now.copy()
-
-    def _merge(self, other: list[int]) -> None:
-        now = self._now[self._lane]
-        for lane, place in enumerate(other):
-            now[lane] = max(now[lane], place)
+        """The current node waits for nothing more."""
+        known, time = self._known[self._lane], len(self._events)
+        for event, when in ((start_of(self._node), time), (self._node, time + 1)):
+            known[self._lane] = when
+            self._events[event] = self._lane, when, known.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -163,6 +164,10 @@ class Plan(_Part):
                 )
             seen.add(operation.name)
         for operation in self.operations:
+            if operation.name in operation.after_start:
+                raise ValueError(
+                    f"{operation.name} has itself in after_start; expected others that start first"
+                )
             if unknown := sorted(set(operation.after_start) - seen):
                 raise ValueError(
                     f"{operation.name} starts after {unknown}, which are none of the plan's "
@@ -175,8 +180,8 @@ class Bucket(_Part):
     """Batches that one plan is for.
 
     Attributes:
-        tokens: Fewest and most tokens of the batch.
-        decode_share: Least and greatest part of them that are decodes.
+        tokens: Fewest and most tokens of the batch, both included.
+        decode_share: Least and greatest part of them that are decodes, both included.
         plan: Name of the plan.
         token_budget: Tokens that a batch of so many decodes should have; None leaves it to the
             scheduler.
@@ -194,7 +199,7 @@ class Bucket(_Part):
     plan: _NAME
     token_budget: Annotated[int, Field(ge=1)] | None = None
     prefill_chunk: Annotated[int, Field(ge=1)] | None = None
-    gain: Annotated[float, Field(gt=0)] | None = None
+    gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -205,7 +210,7 @@ class Bucket(_Part):
         return self
 
     def holds(self, tokens: int, decodes: int) -> bool:
-        """Whether a batch belongs here."""
+        """Whether a batch belongs here, of at least one token."""
         share = decodes / tokens
         return (
             self.tokens[0] <= tokens <= self.tokens[1]
@@ -250,13 +255,20 @@ class PlanSet(_Part):
         return next((bucket for bucket in self.buckets if bucket.holds(tokens, decodes)), None)
 
     def plan(self, name: str) -> Plan:
-        """A plan by its name."""
-        return next(plan for plan in self.plans if plan.name == name)
+        """A plan by its name.
+
+        Raises:
+            PlanError: There is none of the name.
+        """
+        for plan in self.plans:
+            if plan.name == name:
+                return plan
+        raise PlanError(f"plan is {name!r}; expected one of {[plan.name for plan in self.plans]}")
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=1, exclude_defaults=False) + "\n")
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_plan_set(path: Path) -> PlanSet:
@@ -269,17 +281,28 @@ def read_plan_set(path: Path) -> PlanSet:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} cannot be read: {error}") from error
-    is_set = '"buckets"' in text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path} is no JSON: {error}; expected a plan or a plan set") from error
+    is_set = isinstance(value, dict) and not value.keys().isdisjoint({"buckets", "plans"})
     try:
         if is_set:
-            return PlanSet.model_validate_json(text)
-        return for_all_batches(Plan.model_validate_json(text))
+            return PlanSet.model_validate(value)
+        return for_all_batches(Plan.model_validate(value))
     except ValidationError as error:
         what = "plan set" if is_set else "plan"
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise PlanError(f"{path} is no {what}: {where}: {first['msg']}{more}") from error
+        raise PlanError(f"{path} is no {what}: {_first_problem(error)}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Where the first problem is, its value where that is short, and how many more there are."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    value = first["input"]
+    given = f" is {value!r:.80}" if isinstance(value, str | int | float | None) else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}{given}: {first['msg'].removeprefix('Value error, ')}{more}"
 
 
 def for_all_batches(plan: Plan) -> PlanSet:

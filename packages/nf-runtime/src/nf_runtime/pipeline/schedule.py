@@ -21,7 +21,15 @@ AFTER_APPEND = Operation("after_append", "notice")
 """Tells it that they were, for all tokens of the iteration."""
 
 
-_NOTICES = {-1: BEFORE_APPEND, -2: AFTER_APPEND}
+BEFORE, AFTER = -1, -2
+"""What stands for these two where an operation's number in its part would."""
+
+_NOTICES = {BEFORE: BEFORE_APPEND, AFTER: AFTER_APPEND}
+
+
+def operation_of(graph: LayerGraph, part: int, index: int) -> Operation:
+    """An operation by its number in a part of the graph, or a notice."""
+    return _NOTICES[index] if index < 0 else graph.parts[part][index]
 
 
 class Code(IntEnum):
@@ -74,8 +82,8 @@ class Schedule:
         plan: What it was compiled from.
         graph: Likewise.
         nodes: int32 [N, 5], for each nano-operation: part of the graph (0 before the layers, layer
-            + 1, after them the number of layers + 1), number in that part (-1: `BEFORE_APPEND`,
-            -2: `AFTER_APPEND`), first nano-batch, the one behind the last, lane.
+            + 1, after them the number of layers + 1), number in that part (of a notice, `BEFORE`
+            or `AFTER`), first nano-batch, the one behind the last, lane.
         placed: int32 [N], number in `plan.operations`; -1 for what the plan does not list.
         commands: Per lane (`Plan.lane_names`) int32 [n, 2]: a `Code`, and the number of a
             nano-operation or of an event.
@@ -95,7 +103,7 @@ class Schedule:
         placed = int(self.placed[number])
         return Node(
             part - 1,
-            _NOTICES[index] if index < 0 else self.graph.parts[part][index],
+            operation_of(self.graph, part, index),
             first,
             end,
             lane,

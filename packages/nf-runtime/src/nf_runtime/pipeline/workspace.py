@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nf_runtime.graph import Edge, ElementType, LayerGraph, Operation
+from nf_runtime.graph import Edge, ElementType, LayerGraph, Operation, Rows
 
 _ALIGNMENT = 64  # bytes: what the widest loads want, and a cache line
 _PAGE = 4096  # rows so far apart fall into the same lines of a cache
@@ -145,23 +145,21 @@ def _lives(graph: LayerGraph) -> dict[str, int]:
     lives = dict.fromkeys(graph.edges, 0)
     numbers: dict[tuple[int, str], int] = {}  # operations of a name are one moment in all layers
     order: list[tuple[int, Operation]] = []
-    for part, operations in enumerate((graph.prologue, *graph.layers, graph.epilogue)):
-        kind = 0 if part == 0 else 2 if part == len(graph.layers) + 1 else 1
+    for number_of_part, operations in enumerate(graph.parts):
+        kind = 0 if number_of_part == 0 else 2 if number_of_part == len(graph.layers) + 1 else 1
         for operation in operations:
             number = numbers.setdefault((kind, operation.name), len(numbers))
             order.append((number, operation))
-    written: dict[str, int] = {}  # place in `order` of the first write since the last read
-    is_read: set[str] = set()
+    written: dict[tuple[str, Rows], int] = {}  # place in `order` of the last write of some rows
     for index, (now, operation) in enumerate(order):
-        for edge in dict.fromkeys(operation.reads.values()):
-            for passed, _ in order[written[edge] : index + 1]:
-                lives[edge] |= 1 << passed
-            is_read.add(edge)
+        for edge in operation.reads.values():
+            rows = Rows.ALL if edge in operation.reads_all_rows else operation.rows
+            for part in rows.parts:
+                for passed, _ in order[written.get((edge, part), index) : index + 1]:
+                    lives[edge] |= 1 << passed
         for edge in operation.writes.values():
             lives[edge] |= 1 << now
-            if edge not in written or edge in is_read:
-                written[edge] = index
-                is_read.discard(edge)
+            written |= {(edge, part): index for part in operation.rows.parts}
     return lives
 
 
