@@ -46,6 +46,7 @@ LIMITS = {
     "pairs": 80,
     "products": 40,
     "operations": 60,
+    "pipeline": 120,
     "other tests": 120,
 }
 

@@ -22,6 +22,7 @@ _TITLES = {
     "curves": "Share curves: one lane",
     "pairs": "Share curves: two lanes beside each other",
     "operations": "Operations",
+    "pipeline": "Plans of the pipeline, Llama 3 8B, dummy weights",
 }
 
 

@@ -19,6 +19,7 @@ from gpu_bench import Bench, Missing, OutOfTime, first_line
 from gpu_section_attention import attention
 from gpu_section_lanes import curves, pairs
 from gpu_section_operations import operations
+from gpu_section_pipeline import pipeline
 from gpu_section_products import cutlass, products
 from gpu_section_report import Report
 from gpu_section_roofs import roofs
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Callable[[Bench, Report], None]] = {
     "curves": curves,
     "pairs": pairs,
     "operations": operations,
+    "pipeline": pipeline,
 }
 
 

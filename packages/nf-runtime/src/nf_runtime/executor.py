@@ -267,7 +267,7 @@ class Executor:
         if launched.trace is None:
             raise RuntimeError("the iteration was not timed")
         trace, times = launched.trace
-        trace.times = times.read()
+        trace.start_ns, trace.times = times.read()
         return trace
 
     def measure(self, measurement: Callable[..., _Result]) -> _Result:
@@ -331,7 +331,8 @@ class Executor:
         output = launched.collect()
         if launched.trace is not None:
             trace, times = launched.trace
-            self.timeline.add(trace, times.read())
+            trace.start_ns, trace.times = times.read()
+            self.timeline.add(trace)
         return output
 
     def drain(self) -> None:
