@@ -300,6 +300,7 @@ class Executor:
         staged = stage(
             batch,
             division,
+            schedule.layout,
             page_tables,
             self._page_size,
             sampling.prompt_rows,
@@ -394,7 +395,7 @@ class Executor:
             )
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
-        logits = self._activations.rows("logits", 0, staged.num_selected)
+        logits = self._activations.rows("logits", 0, staged.num_selected, schedule.layout)
         if num_sampled:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
             if self._collectives:  # zero on all ranks but the one that samples

@@ -18,6 +18,7 @@ from nf_runtime.device_stream import DeviceStream, LaneStream
 from nf_runtime.graph import BatchInput, Operation, Rows
 from nf_runtime.node_times import NodeTimes
 from nf_runtime.pipeline.schedule import AFTER_APPEND, BEFORE_APPEND, Schedule
+from nf_runtime.pipeline.workspace import Layout
 from nf_runtime.staged_batch import INPUTS, StagedBatch
 
 _MOST = 256  # schedules, over all plans
@@ -32,6 +33,7 @@ class _Key(NamedTuple):
     place: int
     implementation: str | None
     scratch_of_lane: int
+    layout: Layout
 
 
 class _Prepared(NamedTuple):
@@ -173,10 +175,11 @@ class ProgramRunner:
 
     def _prepare(self, schedule: Schedule) -> _Prepared:
         """A schedule for the program, kept for the next batch alike."""
-        key = id(schedule)  # which is kept, and with it its identity
-        if key in self._prepared:
-            self._prepared.move_to_end(key)
-            return self._prepared[key][1]
+        known = id(schedule)  # which is kept, and with it its identity
+        if known in self._prepared:
+            self._prepared.move_to_end(known)
+            return self._prepared[known][1]
+        layout = schedule.layout
         ranges: dict[tuple[Rows, int, int], int] = {}
         blocks = np.empty(len(schedule.nodes), dtype=np.int32)
         spans = np.zeros(len(schedule.nodes), dtype=np.int32)
@@ -185,10 +188,11 @@ class ProgramRunner:
             operation = node.operation
             part, index = schedule.nodes[number, :2].tolist()
             if index < 0:
-                blocks[number] = self._block(_Key(0, index, None, 0), operation)
+                blocks[number] = self._block(_Key(0, index, None, 0, layout), operation)
                 continue
             lane = node.lane if operation.kind == "moe_experts" else 0
-            blocks[number] = self._block(_Key(part, index, node.implementation, lane), operation)
+            key = _Key(part, index, node.implementation, lane, layout)
+            blocks[number] = self._block(key, operation)
             range_of_node = operation.rows, node.first, node.end
             spans[number] = ranges.setdefault(range_of_node, len(ranges) + 1)
         native = self._program.schedule(schedule.commands, blocks, spans)
@@ -198,7 +202,7 @@ class ProgramRunner:
             if int(blocks[number]) in self._called and schedule.nodes[number, 1] >= 0
         ]
         prepared = _Prepared(native, list(ranges), called)
-        self._prepared[key] = schedule, prepared
+        self._prepared[known] = schedule, prepared
         if len(self._prepared) > _MOST:
             self._prepared.popitem(last=False)
         return prepared
@@ -219,7 +223,7 @@ class ProgramRunner:
         }
         for mapping in (operation.reads, operation.writes):
             for name, edge in mapping.items():
-                arguments[name] = self._bound.activations.edge(edge)
+                arguments[name] = self._bound.activations.edge(edge, key.layout)
         for name, source in operation.inputs.items():
             if source in self._placeholders:
                 arguments[name] = self._placeholders[source]
