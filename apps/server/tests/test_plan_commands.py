@@ -34,6 +34,18 @@ def test_a_template_is_shown_with_its_lanes_and_their_order(nanoflow: Nanoflow) 
     assert "output_proj:1 (of the layer before)" in " ".join(lines)
 
 
+def test_a_template_for_several_ranks_has_a_lane_for_collectives(nanoflow: Nanoflow) -> None:
+    result = nanoflow(
+        *("plan", "show", "two-batch", "--model", DEMO_MODEL, "--tensor-parallel-size", "2")
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    place = lines.index("lane network, for every layer:")
+    assert lines[place + 1].startswith(
+        "output_all_reduce:0, output_all_reduce:1, down_all_reduce:0"
+    )
+
+
 def test_a_plan_can_be_changed_and_shown_again(nanoflow: Nanoflow, tmp_path: Path) -> None:
     as_json = nanoflow("plan", "show", "co-resident", "--model", DEMO_MODEL, "--json").stdout
     plan = json.loads(as_json)

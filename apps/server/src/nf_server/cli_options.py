@@ -44,6 +44,13 @@ class AdmissionName(StrEnum):
     GREEDY = "greedy"
 
 
+class ParallelOutput(StrEnum):
+    """Values of --tensor-parallel-output."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+
+
 Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, bfloat16, float16 or float32; auto is the checkpoint's.")
@@ -94,6 +101,27 @@ AdmissionOption = Annotated[
     typer.Option(
         help="When a request may start: if the predicted peak of all fits the KV cache, if all "
         "could reach their max_tokens, or if it fits now."
+    ),
+]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        help="Ranks that share the model, each a process with a GPU of its own, or a part of the "
+        "CPU.",
+        min=1,
+    ),
+]
+TensorParallelOutput = Annotated[
+    ParallelOutput,
+    typer.Option(
+        help="How ranks join the attention output: add up parts of a sum, or gather heads and then "
+        "columns; the same tokens."
+    ),
+]
+ExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--expert-parallel", help="Give each rank whole experts instead of a part of each."
     ),
 ]
 AsyncScheduling = Annotated[

@@ -11,6 +11,7 @@ from nf_server.byte_size import parse_byte_size
 from nf_server.cli_options import (
     Device,
     Dtype,
+    ExpertParallel,
     KvCacheTokens,
     KvDeviceBytes,
     KvHostBytes,
@@ -21,8 +22,11 @@ from nf_server.cli_options import (
     Model,
     NativeKernels,
     NativePrograms,
+    ParallelOutput,
     PlanDir,
     Seed,
+    TensorParallelOutput,
+    TensorParallelSize,
     engine_options,
 )
 
@@ -52,10 +56,14 @@ def memory(
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
     kv_host_bytes: KvHostBytes = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether weights, KV cache and workspace of MODEL fit; nothing is loaded.
 
+    With several ranks it is the plan of one: its part of the model, and the memory of its device.
     Needs no more than the model's config.json. Exit code: 0 it fits, 1 it does not, or an error.
     """
     from nf_server.commands import plan as command
@@ -70,6 +78,9 @@ def memory(
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
         kv_host_bytes=kv_host_bytes,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
     )
     raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
 
@@ -88,14 +99,25 @@ def plan_graph(
     form: Annotated[
         GraphFormat, typer.Option("--format", help="A table, a graph for Graphviz, or JSON.")
     ] = GraphFormat.TEXT,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
 ) -> None:
     """Print what MODEL computes, operation by operation, and what each waits for.
+
+    With several ranks it is what one of them computes.
 
     Needs no more than the model's config.json. Exit code: 0, or 1 after an error.
     """
     from nf_server.commands import plan_graph as command
 
-    raise typer.Exit(command.graph(model, form.value))
+    options = engine_options(
+        model=model,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
+    )
+    raise typer.Exit(command.graph(options, form.value))
 
 
 @plan.command(name="show")
@@ -108,6 +130,9 @@ def plan_show(
         bool,
         typer.Option("--json", help="Print the plan as --overlap takes it, to change it."),
     ] = False,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
 ) -> None:
     """Print the lanes of a plan for a model, and what each of them runs in which order.
 
@@ -116,7 +141,13 @@ def plan_show(
     """
     from nf_server.commands import plan_show as command
 
-    raise typer.Exit(command.show(source, model, as_json=as_json))
+    options = engine_options(
+        model=model,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
+    )
+    raise typer.Exit(command.show(source, options, as_json=as_json))
 
 
 @plan.command(name="measure")
@@ -148,6 +179,9 @@ def plan_measure(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
     load_format: LoadFormat = "auto",
     seed: Seed = 0,
     native_kernels: NativeKernels = True,
@@ -170,6 +204,9 @@ def plan_measure(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
         load_format=load_format,
         seed=seed,
         native_kernels=native_kernels,

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from nf_runtime.graph import ElementType, LayerGraph
-from nf_runtime.pipeline.workspace import Buffer, Workspace
+from nf_runtime.pipeline.workspace import Buffer, Layout, Workspace
 
 _ELEMENTS = {ElementType.INT64: torch.int64, ElementType.FLOAT32: torch.float32}
 
 
 class Activations:
-    """The workspace of a model on its device: every edge is a range of columns of it.
+    """The workspace of a model on its device.
+
+    It is one memory, which an iteration uses by one layout. Nothing in it outlives an iteration.
 
     Args:
         graph: The model.
@@ -41,20 +43,20 @@ class Activations:
             self._allocate(buffer, max_selected if buffer.selected else max_tokens)
             for buffer in workspace.buffers
         ]
-        self._edges = {name: self._edge(name) for name in workspace.places}
+        self._edges = self._views()
 
     @property
     def num_bytes(self) -> int:
         """Of all of it."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
-    def edge(self, name: str) -> Tensor:
+    def edge(self, name: str, layout: Layout) -> Tensor:
         """All rows of an edge."""
-        return self._edges[name]
+        return self._edges[layout][name]
 
-    def rows(self, name: str, first: int, end: int) -> Tensor:
+    def rows(self, name: str, first: int, end: int, layout: Layout) -> Tensor:
         """Some rows of an edge."""
-        return self._edges[name][first:end]
+        return self._edges[layout][name][first:end]
 
     def reserve_selected(self, count: int) -> bool:
         """Have room for so many rows whose logits are wanted; whether edges have moved for that.
@@ -67,13 +69,20 @@ class Activations:
         for number, buffer in enumerate(self._workspace.buffers):
             if buffer.selected:
                 self._buffers[number] = self._allocate(buffer, count)
-        self._edges = {name: self._edge(name) for name in self._workspace.places}
+        self._edges = self._views()
         return True
 
     def _allocate(self, buffer: Buffer, rows: int) -> Tensor:
         return torch.empty(rows, buffer.row_bytes, dtype=torch.uint8, device=self._device)
 
-    def _edge(self, name: str) -> Tensor:
-        place = self._workspace.places[name]
-        columns = self._buffers[place.buffer][:, place.offset : place.offset + place.num_bytes]
-        return columns.view(self._dtypes[name])
+    def _views(self) -> dict[Layout, dict[str, Tensor]]:
+        """All rows of all edges, by layout."""
+        by_token, by_edge = {}, {}
+        for name, place in self._workspace.places.items():
+            buffer, dtype = self._buffers[place.buffer], self._dtypes[name]
+            first, end = place.offset, place.offset + place.num_bytes
+            by_token[name] = buffer[:, first:end].view(dtype)
+            rows = len(buffer)
+            columns = buffer.view(-1)[first * rows : end * rows]
+            by_edge[name] = columns.view(rows, place.num_bytes).view(dtype)
+        return {Layout.BY_TOKEN: by_token, Layout.BY_EDGE: by_edge}

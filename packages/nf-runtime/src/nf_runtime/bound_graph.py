@@ -118,7 +118,7 @@ class BoundGraph:
             for name, edge in mapping.items():
                 whole = edge in operation.reads_all_rows and mapping is operation.reads
                 first, end = (0, staged.num_tokens) if whole else rows
-                values[name] = self.activations.rows(edge, first, end)
+                values[name] = self.activations.rows(edge, first, end, staged.layout)
         for name, source in operation.inputs.items():
             if source not in _FIXED_INPUTS:
                 values[name] = staged.input(source, rows, requests)
@@ -129,7 +129,10 @@ class BoundGraph:
         selected = self.graph.selected_edges
         return {
             name: self.activations.rows(
-                name, 0, staged.num_selected if name in selected else staged.num_tokens
+                name,
+                0,
+                staged.num_selected if name in selected else staged.num_tokens,
+                staged.layout,
             )
             for name in self.graph.edges
         }

@@ -9,6 +9,7 @@ from torch import Tensor
 from nf_kernels.ops import AttentionBatch
 from nf_runtime.graph import BatchInput, Rows
 from nf_runtime.pipeline.division import Division
+from nf_runtime.pipeline.workspace import Layout
 from nf_runtime.staging import StagingBuffer
 from nf_scheduler import Batch
 
@@ -19,12 +20,14 @@ class StagedBatch:
 
     Attributes:
         division: How it is cut.
+        layout: How the rows of edges lie in the workspace.
         num_selected: Rows whose logits are wanted.
         has_unknown_tokens: Whether some are only on the device.
         buffer: Where the arrays are.
     """
 
     division: Division
+    layout: Layout
     num_selected: int
     has_unknown_tokens: bool
     buffer: StagingBuffer
@@ -119,6 +122,7 @@ INPUTS = (
 def stage(
     batch: Batch,
     division: Division,
+    layout: Layout,
     page_tables: np.ndarray,
     page_size: int,
     prompt_rows: np.ndarray,
@@ -130,6 +134,7 @@ def stage(
     Args:
         batch: n requests with T tokens, decodes first.
         division: How it is cut.
+        layout: How the rows of edges will lie in the workspace.
         page_tables: int32 [n, P].
         page_size: Token slots of a page.
         prompt_rows: int64, rows whose logits are wanted besides the sampled ones.
@@ -167,6 +172,7 @@ def stage(
     buffer.fill(named | more)
     return StagedBatch(
         division=division,
+        layout=layout,
         num_selected=len(selected),
         has_unknown_tokens=has_unknown_tokens,
         buffer=buffer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nf_server.commands.failure import fail
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 _ELEMENT_BYTES = 2  # decides where edges are, not who shares memory with whom
 
 
-def show(source: str, model: str, *, as_json: bool) -> int:
+def show(source: str, engine_options: dict[str, Any], *, as_json: bool) -> int:
     """Print plans, once it is clear that the model can be run by them; the exit code.
 
     Args:
         source: Name of a template, or path of a plan or plan set.
-        model: Folder or hub id; its config.json is all that is read.
+        engine_options: Fields of `EngineConfig`. Of the model, config.json is all that is read.
         as_json: Print a plan or plan set as it is read from a file.
     """
-    from nf_runtime import NanoFlowError
+    from nf_runtime import EngineConfig, NanoFlowError
     from nf_runtime.model_source import find_model
     from nf_runtime.models import decoder_graph, read_config
     from nf_runtime.pipeline.compiler import compile_plan
@@ -32,7 +32,9 @@ def show(source: str, model: str, *, as_json: bool) -> int:
     from nf_runtime.pipeline.workspace import plan_workspace
 
     try:
-        graph = decoder_graph(read_config(find_model(model, config_only=True)))
+        config = EngineConfig(**engine_options)
+        model = read_config(find_model(config.model, config_only=True))
+        graph = decoder_graph(model, config.shard())
         found = _find(source, graph)
         workspace = plan_workspace(graph, _ELEMENT_BYTES)
         schedules = [

@@ -18,7 +18,7 @@ from nf_runtime.pipeline.lane_clocks import LaneClocks, start_of
 from nf_runtime.pipeline.lane_tiles import LaneTiles
 from nf_runtime.pipeline.plan import Plan, PlanError
 from nf_runtime.pipeline.schedule import Code, Schedule
-from nf_runtime.pipeline.workspace import Workspace
+from nf_runtime.pipeline.workspace import Layout, Workspace
 
 
 def compile_plan(
@@ -48,8 +48,9 @@ def compile_plan(
     """
     # A node depends on others of its own layer and the one before: no more tiles back than this.
     reach = max((listed.layers_behind for listed in plan.operations), default=0) + 1
-    some = 2 * reach + 4
-    if len(graph.layers) > some and _are_alike(graph.layers):
+    some = 2 * reach + 5
+    # The first layer may read other edges: with several ranks, nothing was added up before it.
+    if len(graph.layers) > some and _are_alike(graph.layers[1:]):
         short = replace(graph, layers=graph.layers[:some])
         compiled = _Compilation(short, plan, structure, workspace, notices=notices)
         schedule = compiled.repeated(graph, reach=reach)
@@ -111,7 +112,11 @@ class _Compilation:
         )
         self._graph = graph
         self._plan = plan
-        self._dependencies = DependencyGraph(graph, plan, structure, sharing, notices=notices)
+        # With one nano-batch nothing is gained by rows that never overlap.
+        self._layout = Layout.BY_EDGE if len(plan.nano_batches) == 1 else Layout.BY_TOKEN
+        self._dependencies = DependencyGraph(
+            graph, plan, structure, sharing, self._layout, notices=notices
+        )
         self._tiles = LaneTiles(self._dependencies)
         try:
             order = _launch_order(self._dependencies, self._tiles)
@@ -142,8 +147,11 @@ class _Compilation:
         have, want = len(self._graph.layers), len(graph.layers)
         more, per_layer = want - have, len(parts[1])
         start, end = parts[1].start, parts[-1].start
-        period = reach + 1  # the first tile in which every layer has one before it
+        period = reach + 2  # the first tile of layers that have one before them that is like them
         if any(len(part) != per_layer for part in parts[1:-1]):
+            return None
+        layer = table[start : start + per_layer]
+        if not np.array_equal(layer[:, 1:], table[start + per_layer : start + 2 * per_layer, 1:]):
             return None
         if self._reaches_beyond(reach, period):
             return None
@@ -175,7 +183,7 @@ class _Compilation:
                     ]
                 )
             )
-        layers = np.tile(table[start : start + per_layer], (want, 1))
+        layers = np.tile(layer, (want, 1))
         layers[:, 0] += np.repeat(np.arange(want), per_layer)
         after = table[end:].copy()
         after[:, 0] += more
@@ -251,6 +259,7 @@ class _Compilation:
             placed=np.ascontiguousarray(table[:, 5]),
             commands=tuple(np.ascontiguousarray(part) for part in split),
             num_events=len(used),
+            layout=self._layout,
         )
 
 

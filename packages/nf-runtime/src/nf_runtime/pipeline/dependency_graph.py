@@ -16,6 +16,7 @@ from nf_runtime.pipeline.hazards import Access, Hazards, access
 from nf_runtime.pipeline.placements import Placement, find_placements
 from nf_runtime.pipeline.plan import Plan
 from nf_runtime.pipeline.schedule import AFTER, AFTER_APPEND, BEFORE, BEFORE_APPEND, operation_of
+from nf_runtime.pipeline.workspace import Layout
 
 _NOTICE_ACCESS = {BEFORE: access(BEFORE_APPEND), AFTER: access(AFTER_APPEND)}
 
@@ -55,6 +56,7 @@ class DependencyGraph:
         plan: How to run it.
         structure: Of the batch's division by `plan.nano_batches`.
         sharing: For each edge, those that share memory with it (`Workspace.sharing`).
+        layout: How their rows lie in it.
         notices: Whether to tell of each layer's keys and values (`BEFORE_APPEND`, `AFTER_APPEND`).
 
     Attributes:
@@ -72,6 +74,7 @@ class DependencyGraph:
         plan: Plan,
         structure: Structure,
         sharing: Mapping[str, Iterable[str]],
+        layout: Layout,
         *,
         notices: bool,
     ) -> None:
@@ -84,7 +87,7 @@ class DependencyGraph:
         self._occupied = structure.occupied | (structure.selected if structure.has_selected else 0)
         self._numbers: dict[tuple[int, int], int] = {}  # by part, and number in the plan
         self._notices: dict[tuple[int, int], int] = {}  # by part, and which of the two
-        self._hazards = Hazards(sharing)
+        self._hazards = Hazards(sharing, rows_apart=layout is Layout.BY_TOKEN)
         self._accesses: dict[int, Access] = {}
         self._whole = Placement(-1, 0, structure.num_nano_batches, 0)
         placements = find_placements(graph, plan)

@@ -11,7 +11,9 @@ import numpy as np
 from nf_runtime.graph import BatchInput, Rows
 from nf_runtime.pipeline.division import Division
 from nf_runtime.pipeline.schedule import AFTER_APPEND, BEFORE_APPEND, Code, Node, Schedule
-from nf_runtime.pipeline.workspace import Workspace
+from nf_runtime.pipeline.workspace import Layout, Workspace
+
+_UNIT = 2  # bytes: of the smallest element
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,11 @@ def _uses(
                 if workspace.buffers[place.buffer].selected:
                     rows = 0, 1
                 columns = place.offset, place.offset + place.num_bytes
+                if schedule.layout is Layout.BY_EDGE:
+                    # Rows behind each other, in a workspace that they fill.
+                    begin = place.offset * max(1, division.bounds[-1])
+                    low, high = (begin + row * place.num_bytes for row in rows)
+                    rows, columns = (low // _UNIT, high // _UNIT), (0, 1)
                 uses[place.buffer].append(_Use(number, writes, rows, columns, edge))
         for request, tokens, writes in _cache_tokens(node, division, contexts):
             place_of = node.layer, request

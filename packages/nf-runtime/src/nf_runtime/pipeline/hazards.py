@@ -53,10 +53,13 @@ class Hazards:
 
     Args:
         sharing: For each edge, those that share memory with it (`Workspace.sharing`).
+        rows_apart: Whether a row of one edge shares memory with the same row of another only
+            (`Layout.BY_TOKEN`); else with any.
     """
 
-    def __init__(self, sharing: Mapping[str, Iterable[str]]) -> None:
+    def __init__(self, sharing: Mapping[str, Iterable[str]], *, rows_apart: bool = True) -> None:
         self._sharing = sharing
+        self._rows_apart = rows_apart
         self._writers: dict[str, list[tuple[int, int]]] = {name: [] for name in sharing}
         self._readers: dict[str, list[tuple[int, int]]] = {name: [] for name in sharing}
 
@@ -69,9 +72,10 @@ class Hazards:
         """Whom a node depends on that writes some cells of an edge."""
         found = set()
         for other in self._sharing[edge]:
+            meets_all = other != edge and not self._rows_apart
             for users in (self._writers[other], self._readers[other]):
                 for used, user in users:
-                    if used & cells:
+                    if meets_all or used & cells:
                         found.add(user)
         for users in (self._writers[edge], self._readers[edge]):
             users[:] = [(left, user) for used, user in users if (left := used & ~cells)]

@@ -11,6 +11,7 @@ import numpy as np
 from nf_kernels.cost import CATEGORIES, Category
 from nf_runtime.graph import BatchInput, LayerGraph, Operation, Rows
 from nf_runtime.pipeline.plan import Plan
+from nf_runtime.pipeline.workspace import Layout
 
 _CACHES = frozenset({BatchInput.K_CACHE, BatchInput.V_CACHE})
 
@@ -88,6 +89,7 @@ class Schedule:
         commands: Per lane (`Plan.lane_names`) int32 [n, 2]: a `Code`, and the number of a
             nano-operation or of an event.
         num_events: Events are counted from 0.
+        layout: How the rows of edges lie in the workspace.
     """
 
     plan: Plan
@@ -96,6 +98,7 @@ class Schedule:
     placed: np.ndarray
     commands: tuple[np.ndarray, ...]
     num_events: int
+    layout: Layout = Layout.BY_TOKEN
 
     def node(self, number: int) -> Node:
         """A nano-operation, to look at."""

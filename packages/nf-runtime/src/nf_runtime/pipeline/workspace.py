@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from nf_runtime.graph import Edge, ElementType, LayerGraph, Operation, Rows
 
 _ALIGNMENT = 64  # bytes: what the widest loads want, and a cache line
 _PAGE = 4096  # rows so far apart fall into the same lines of a cache
+
+
+class Layout(StrEnum):
+    """How the rows of a buffer's edges lie in it. Both need the same memory."""
+
+    # A token's row holds all its edges side by side. So rows of different nano-batches never
+    # overlap, whatever runs beside what.
+    BY_TOKEN = "by_token"
+    # Each edge has its rows without gaps, which is what kernels read fastest. So where edges take
+    # turns in the same memory, rows of one lie where other rows of another were.
+    BY_EDGE = "by_edge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +63,8 @@ class Place:
 class Workspace:
     """The memory of all edges.
 
-    A token's row holds all edges of the token, side by side; edges that are not needed at the same
-    time share columns. So the rows of different nano-batches never overlap, whatever runs beside
-    what, and every view of an edge is a range of rows of equal distance.
+    Edges that are not needed at the same time share columns. By either `Layout`, every view of an
+    edge is a range of rows of equal distance.
 
     Attributes:
         buffers: By number.
