@@ -96,7 +96,7 @@ def test_the_reason_where_nothing_overlapped(nanoflow: Nanoflow, tmp_path: Path)
     ("arguments", "message"),
     [
         (["--overlap", "nanoflo"], "overlap is 'nanoflo', which is no file; expected one of auto"),
-        (["--overlap", "two-batch"], "set tensor_parallel_size"),
+        (["--overlap", "two-batch"], "set --tensor-parallel-size to 2"),
         (["--decodes", "300"], "load 300x256+128 has 301 requests"),
         (["--decodes", "0", "--prefill", "0"], "expected at least one decode"),
         (["--context", "1024"], "has 1025 tokens of a request, and the engine takes at most 1024"),
