@@ -48,12 +48,18 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_runtime.models",
         "nf_runtime.parallelism",
         "nf_runtime.sampling_params",
+        "nf_runtime.chrome_trace",
         "nf_runtime.pipeline.compiler",
         "nf_runtime.pipeline.happens_before",
+        "nf_runtime.pipeline.node_cost",
         "nf_runtime.pipeline.plan",
+        "nf_runtime.pipeline.plan_store",
+        "nf_runtime.pipeline.random_order",
+        "nf_runtime.pipeline.schedules",
         "nf_runtime.pipeline.templates",
         "nf_runtime.pipeline.workspace",
         "nf_runtime.scheduling",
+        "nf_runtime.timeline",
     ],
 )
 def test_imports_with_torch_blocked(module: str) -> None:
