@@ -21,10 +21,12 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from typer.testing import CliRunner
 
 from nf_kvcache.disk import DiskStats
 from nf_kvcache.stats import LowerTierStats
 from nf_runtime import ChoiceDelta, EngineDeadError, InvalidRequestError, SamplingParams
+from nf_server import cli
 from nf_server.app import create_app
 from nf_server.service import InferenceService
 from nf_server.settings import ServerSettings
@@ -151,6 +153,7 @@ class ScriptedEngine:
             num_pages=8,
             page_size=16,
             startup_seconds={"weights": 0.5, "total": 1.5},
+            overlap="off: sequential",
         )
         self.stats = SimpleNamespace(
             num_running=1,
@@ -170,6 +173,8 @@ class ScriptedEngine:
             iteration_tokens=100,
             busy_seconds=1.5,
             last_step_time=1000.0,
+            overlap_steps={"nanoflow": {"planned": 7}, "sequential": {"no_bucket": 2}},
+            overlap_gain={"nanoflow": 1.25},
             lower_tiers=LOWER_TIERS,
         )
 
@@ -399,3 +404,65 @@ def start_live(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
             return stack.enter_context(start_server(tmp_path / "log.txt", *arguments))
 
         yield start
+
+
+def run_nanoflow(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, which has torch already."""
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(
+        arguments, result.exit_code, stdout=result.stdout, stderr=result.stderr
+    )
+
+
+def _only_error_line(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "nanoflow: error:" in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def nanoflow() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in this process: `nanoflow(*arguments)`."""
+    return run_nanoflow
+
+
+@pytest.fixture
+def only_error_line() -> Callable[..., str]:
+    """The one line of a command that has failed as commands should."""
+    return _only_error_line
+
+
+@pytest.fixture
+def measured_plans() -> Callable[[Path], None]:
+    """Write a plan set that `start_live` finds for the demo model: `measured_plans(directory)`."""
+
+    def write(directory: Path) -> None:
+        import torch
+
+        from nf_runtime.device import name_device
+        from nf_runtime.models import decoder_graph, read_config
+        from nf_runtime.pipeline.plan import Bucket, PlanSet
+        from nf_runtime.pipeline.plan_store import file_name, model_fingerprint
+        from nf_runtime.pipeline.templates import nanoflow, sequential
+
+        model = read_config(DEMO_MODEL)
+        graph = decoder_graph(model)
+        brand, _, _ = name_device(torch.device("cpu")).rpartition(",")
+        threads = os.environ.get("OMP_NUM_THREADS", "1")  # as in `start_server`
+        plan_set = PlanSet(
+            model=model_fingerprint(model),
+            device=f"{brand}, {threads} threads",
+            dtype="bfloat16",
+            plans=(nanoflow(graph), sequential(graph)),
+            buckets=(
+                Bucket(tokens=(2, 64), plan="nanoflow", gain=1.5),
+                Bucket(tokens=(1, 1), plan="sequential"),
+            ),
+        )
+        plan_set.save(directory / file_name(plan_set))
+
+    return write

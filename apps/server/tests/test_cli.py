@@ -43,7 +43,8 @@ def test_help_is_quick() -> None:
         result = nanoflow("--help")
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0
-    for command in ("serve", "replay", "generate", "plan", "simulate", "env", "version"):
+    commands = ("serve", "replay", "generate", "timeline", "plan", "simulate", "env", "version")
+    for command in commands:
         assert command in result.stdout
     assert min(seconds) < 0.5, seconds
 
@@ -55,6 +56,9 @@ def test_help_is_quick() -> None:
         ["serve", "--help"],
         ["plan", "memory", "--help"],
         ["plan", "graph", "--help"],
+        ["plan", "show", "--help"],
+        ["plan", "measure", "--help"],
+        ["timeline", "--help"],
         ["simulate", "--help"],
         ["replay", "--help"],
         ["version"],

@@ -43,7 +43,11 @@ def test_banner(live: Any) -> None:
     assert "nanoflow-demo" in live.banner
     assert "temperature=0.4" in live.banner
     assert f"Ready on {live.url}" in live.banner
-    assert " s\n" in live.banner.split("Start\n")[1]
+    start = live.banner.split("Start\n")[1]
+    assert " s\n" in start
+    phases = [line.split()[0] for line in start.splitlines()[:6]]
+    assert phases == ["import", "weights", "kv_cache", "compile", "warm_up", "until"]
+    assert "\n  Overlap: auto, no plans measured for this model on this device" in live.banner
 
 
 def test_models(live: Any) -> None:

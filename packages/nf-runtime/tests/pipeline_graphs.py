@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nf_runtime.graph import LayerGraph, Operation
-from nf_runtime.model_config import ConfigReader
+from nf_runtime.model_config import ConfigReader, ModelConfig
 from nf_runtime.models import FAMILIES, decoder_graph
 from nf_runtime.pipeline.schedule import Code, Schedule
 
@@ -43,10 +43,14 @@ MODELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """What config.json says beyond sizes, by a short name."""
 
 
-def small_graph(model: str, num_layers: int = 3) -> LayerGraph:
+def small_config(model: str, num_layers: int = 3) -> ModelConfig:
     values = {**_SMALL, **MODELS[model], "num_hidden_layers": num_layers}
     family = FAMILIES[values["architectures"][0]]
-    return decoder_graph(family.read_config(ConfigReader(values, Path("config.json")), {}))
+    return family.read_config(ConfigReader(values, Path("config.json")), {})
+
+
+def small_graph(model: str, num_layers: int = 3) -> LayerGraph:
+    return decoder_graph(small_config(model, num_layers))
 
 
 def with_collectives(graph: LayerGraph) -> LayerGraph:

@@ -238,7 +238,13 @@ def test_outputs_survive_the_journey(output: TokenOutput) -> None:
 
 def test_stats_and_info_survive_the_journey() -> None:
     stats = EngineStats(
-        *range(1, 12), {"host": 12}, 13, 14, 15, busy_seconds=1 / 3, last_step_time=1e9 + 0.1
+        *range(1, 12),
+        {"host": 12},
+        *(13, 14, 15),
+        busy_seconds=1 / 3,
+        last_step_time=1e9 + 0.1,
+        overlap_steps={"nanoflow": {"planned": 16, "reference": 17}},
+        overlap_gain={"nanoflow": 1.125},
     )
     assert (stats.num_restoring, stats.queued_prompt_tokens, stats.tenants) == (3, 4, 5)
     assert stats_from_json(through_json(stats_to_json(stats))) == stats
@@ -253,5 +259,6 @@ def test_stats_and_info_survive_the_journey() -> None:
         "eos_token_ids": (1, 2),
         "weight_bytes": 2**40,
         "startup_seconds": {"import": 0.5},
+        "overlap": "auto, plans",
     }
     assert info_from_json(through_json(info)) == EngineInfo(**info)  # type: ignore[arg-type]

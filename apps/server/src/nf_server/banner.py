@@ -35,6 +35,7 @@ def ready_text(
         f"NanoFlow {__version__} serves {info.model}" + (f" as {names}" if names else ""),
         f"  {info.dtype} on {info.device}, context {info.max_model_len} tokens, "
         f"KV cache {tokens} tokens in {info.num_pages} pages",
+        f"  Overlap: {info.overlap}",
         "",
         "Start",
         *_phase_table({**info.startup_seconds, "until ready": total_seconds}),

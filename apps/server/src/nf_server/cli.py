@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from nf_server.byte_size import parse_byte_size
+from nf_server.cli_options import (
+    AdmissionName,
+    AdmissionOption,
+    AsyncScheduling,
+    Deterministic,
+    Device,
+    Dtype,
+    ExpertParallel,
+    GenerationConfig,
+    GenerationConfigOption,
+    KvCacheTokens,
+    KvDeviceBytes,
+    KvHostBytes,
+    KvSsdDir,
+    KvSsdMaxBytes,
+    LoadFormat,
+    LogLevel,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumQueuedReqs,
+    MaxNumQueuedTokens,
+    MaxNumSeqs,
+    Model,
+    NativeKernels,
+    NativePrograms,
+    Overlap,
+    ParallelOutput,
+    PlanDir,
+    PolicyName,
+    PolicyOption,
+    ReplayLogDir,
+    ReplayLogMaxBytes,
+    ReplayLogTokens,
+    Seed,
+    ServiceLevels,
+    TensorParallelOutput,
+    TensorParallelSize,
+    TimelineEvery,
+    Tokenizer,
+    engine_options,
+)
+from nf_server.cli_plan import plan
+from nf_server.cli_simulate import simulate
 from nf_server.service_level import parse_service_levels
 
 app = typer.Typer(
@@ -18,206 +59,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class LogLevel(StrEnum):
-    """Values of --log-level."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class GenerationConfig(StrEnum):
-    """Values of --generation-config."""
-
-    AUTO = "auto"
-    VLLM = "vllm"
-
-
-class PolicyName(StrEnum):
-    """Values of --policy."""
-
-    FCFS = "fcfs"
-    PRIORITY = "priority"
-    SHORTEST = "shortest"
-    PREFIX = "prefix"
-    SLO = "slo"
-
-
-class AdmissionName(StrEnum):
-    """Values of --admission."""
-
-    PREDICT = "predict"
-    RESERVE = "reserve"
-    GREEDY = "greedy"
-
-
-class ParallelOutput(StrEnum):
-    """Values of --tensor-parallel-output."""
-
-    ALL_REDUCE = "all_reduce"
-    ALL_GATHER = "all_gather"
-
-
-class SimulatedAdmission(StrEnum):
-    """Values of --admission of `simulate`."""
-
-    PREDICT = "predict"
-    RESERVE = "reserve"
-    GREEDY = "greedy"
-    ORACLE = "oracle"
-
-
-Model = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto, bfloat16, float16 or float32; auto is the checkpoint's.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and answer together.", show_default="model's")
-]
-MaxNumSeqs = Annotated[
-    int | None, typer.Option(help="Most sequences in one batch.", show_default="engine's")
-]
-MaxNumBatchedTokens = Annotated[
-    int | None,
-    typer.Option(help="Most tokens in one batch.", show_default="512 on a CPU, 2048 on a GPU"),
-]
-LoadFormat = Annotated[
-    str, typer.Option(help="auto, safetensors, or dummy for random weights from a config alone.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the engine.")]
-Tokenizer = Annotated[
-    str | None, typer.Option(help="Folder or hub id of the tokenizer.", show_default="MODEL")
-]
-MaxNumQueuedReqs = Annotated[
-    int,
-    typer.Option(help="Requests that may wait for their first token; more are refused.", min=1),
-]
-MaxNumQueuedTokens = Annotated[
-    int | None,
-    typer.Option(help="Prompt tokens of these, together.", min=1, show_default="no bound"),
-]
-PolicyOption = Annotated[
-    PolicyName,
-    typer.Option(
-        help="Who goes first: who came first, the lowest 'priority', the least work, those whose "
-        "prefix is cached, or those whose --service-level is due."
-    ),
-]
-ServiceLevels = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="[CLASS:]TTFT,TPOT",
-        help="For --policy slo: seconds to the first token and per token after it, as 0.5,0.05, "
-        "of all requests or of those with this 'request_class'; repeatable.",
-    ),
-]
-AdmissionOption = Annotated[
-    AdmissionName,
-    typer.Option(
-        help="When a request may start: if the predicted peak of all fits the KV cache, if all "
-        "could reach their max_tokens, or if it fits now."
-    ),
-]
-TensorParallelSize = Annotated[
-    int,
-    typer.Option(
-        help="Ranks that share the model, each a process with a GPU of its own, or a part of the "
-        "CPU.",
-        min=1,
-    ),
-]
-TensorParallelOutput = Annotated[
-    ParallelOutput,
-    typer.Option(
-        help="How ranks join the attention output: add up parts of a sum, or gather heads and then "
-        "columns; the same tokens."
-    ),
-]
-ExpertParallel = Annotated[
-    bool,
-    typer.Option(
-        "--expert-parallel", help="Give each rank whole experts instead of a part of each."
-    ),
-]
-AsyncScheduling = Annotated[
-    bool, typer.Option(help="Form and start each iteration while the one before runs.")
-]
-KvCacheTokens = Annotated[
-    int | None, typer.Option(help="Size of the KV cache in tokens.", show_default="from memory")
-]
-KvDeviceBytes = Annotated[
-    int | None,
-    typer.Option(
-        parser=parse_byte_size,
-        metavar="SIZE",
-        help="Size of the KV cache in bytes, as 8GiB, instead of tokens.",
-        show_default="from memory",
-    ),
-]
-KvHostBytes = Annotated[
-    int | None,
-    typer.Option(
-        parser=parse_byte_size,
-        metavar="SIZE",
-        help="Most memory for KV that the device has no room for, as 8GiB.",
-        show_default="no host tier; 1GiB with --kv-ssd-dir",
-    ),
-]
-KvSsdDir = Annotated[
-    str | None,
-    typer.Option(help="Directory for KV that outlives the process.", show_default="no SSD tier"),
-]
-KvSsdMaxBytes = Annotated[
-    int | None,
-    typer.Option(
-        parser=parse_byte_size,
-        metavar="SIZE",
-        help="Most bytes in --kv-ssd-dir for this model, as 100GiB.",
-        show_default="half of what is free, at most 64GiB",
-    ),
-]
-ReplayLogDir = Annotated[
-    str | None,
-    typer.Option(
-        help="Directory for a log from which `nanoflow replay` repeats what was decided.",
-        show_default="no log",
-    ),
-]
-ReplayLogMaxBytes = Annotated[
-    int,
-    typer.Option(
-        parser=parse_byte_size,
-        metavar="SIZE",
-        help="Most bytes in --replay-log-dir; the log ends at half of it.",
-    ),
-]
-ReplayLogTokens = Annotated[
-    bool,
-    typer.Option(
-        "--replay-log-tokens",
-        help="Write prompts and answers into the log; else only which prefixes are alike.",
-    ),
-]
-NativeKernels = Annotated[bool, typer.Option(help="Use the compiled kernels where there are some.")]
-Deterministic = Annotated[
-    bool,
-    typer.Option(
-        "--deterministic",
-        help="Give a request the same tokens in every dtype, whatever else runs; refuse to start "
-        "where no operations do.",
-    ),
-]
-GenerationConfigOption = Annotated[
-    GenerationConfig,
-    typer.Option(
-        help="Where default sampling parameters come from: auto is the model's "
-        "generation_config.json, vllm the API's own."
-    ),
-]
 
 
 @app.command()
@@ -245,6 +86,10 @@ def serve(
     tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
     expert_parallel: ExpertParallel = False,
     async_scheduling: AsyncScheduling = True,
+    overlap: Overlap = "auto",
+    plan_dir: PlanDir = None,
+    native_programs: NativePrograms = True,
+    timeline_every: TimelineEvery = 64,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
     kv_host_bytes: KvHostBytes = None,
@@ -272,7 +117,7 @@ def serve(
     """Serve MODEL through an OpenAI-compatible HTTP API."""
     from nf_server.commands import serve as command
 
-    options = _engine_options(
+    options = engine_options(
         model=model,
         tokenizer=tokenizer,
         dtype=dtype,
@@ -289,6 +134,10 @@ def serve(
         tensor_parallel_output=tensor_parallel_output.value,
         expert_parallel=expert_parallel,
         async_scheduling=async_scheduling,
+        overlap=overlap,
+        plan_dir=plan_dir,
+        native_programs=native_programs,
+        timeline_every=timeline_every,
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
         kv_host_bytes=kv_host_bytes,
@@ -383,6 +232,10 @@ def generate(
     expert_parallel: ExpertParallel = False,
     load_format: LoadFormat = "auto",
     tokenizer: Tokenizer = None,
+    overlap: Overlap = "auto",
+    plan_dir: PlanDir = None,
+    native_programs: NativePrograms = True,
+    timeline_every: TimelineEvery = 64,
     native_kernels: NativeKernels = True,
     deterministic: Deterministic = False,
 ) -> None:
@@ -401,7 +254,7 @@ def generate(
         "ignore_eos": ignore_eos,
     }
     command.run(
-        _engine_options(
+        engine_options(
             model=model,
             tokenizer=tokenizer,
             dtype=dtype,
@@ -413,6 +266,10 @@ def generate(
             tensor_parallel_output=tensor_parallel_output.value,
             expert_parallel=expert_parallel,
             load_format=load_format,
+            overlap=overlap,
+            plan_dir=plan_dir,
+            native_programs=native_programs,
+            timeline_every=timeline_every,
             native_kernels=native_kernels,
             deterministic=deterministic,
         ),
@@ -424,45 +281,53 @@ def generate(
     )
 
 
-plan = typer.Typer(help="Say beforehand how a model would run.", no_args_is_help=True)
-app.add_typer(plan, name="plan")
-
-
-@plan.command()
-def memory(
+@app.command()
+def timeline(
     model: Model,
+    overlap: Overlap = "auto",
+    decodes: Annotated[
+        int, typer.Option(help="Requests of the batch with one new token each.", min=0)
+    ] = 32,
+    context: Annotated[int, typer.Option(help="Tokens of each before it.", min=0)] = 256,
+    prefill: Annotated[
+        int, typer.Option(help="New tokens of one more request of the batch.", min=0)
+    ] = 128,
+    iterations: Annotated[int, typer.Option(help="Iterations of each plan.", min=1)] = 15,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE.json", help="Where to write the trace, for Perfetto."
+        ),
+    ] = "timeline.json",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plan_dir: PlanDir = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    device_memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_byte_size,
-            metavar="SIZE",
-            help="Plan for a device with so much memory, as 80GiB, all of it free; it need not be "
-            "in this machine.",
-            show_default="what is free now",
-        ),
-    ] = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
-    kv_host_bytes: KvHostBytes = None,
     tensor_parallel_size: TensorParallelSize = 1,
     tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
     expert_parallel: ExpertParallel = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    load_format: LoadFormat = "auto",
+    seed: Seed = 0,
+    native_kernels: NativeKernels = True,
+    native_programs: NativePrograms = True,
 ) -> None:
-    """Say whether weights, KV cache and workspace of MODEL fit; nothing is loaded.
+    """Show when the operations of MODEL run, and what overlap gains, with a made-up batch.
 
-    With several ranks it is the plan of one: its part of the model, and the memory of its device.
-    Needs no more than the model's config.json. Exit code: 0 it fits, 1 it does not, or an error.
+    Iterations by the plan that --overlap gives such a batch take turns with sequential ones.
+    Prints what was measured and a picture, and writes a trace for Perfetto or chrome://tracing.
+    Exit code: 0, or 1 after an error.
     """
-    from nf_server.commands import plan as command
+    from nf_server.commands import timeline as command
 
-    options = _engine_options(
+    options = engine_options(
         model=model,
+        overlap=overlap,
+        plan_dir=plan_dir,
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
@@ -470,132 +335,23 @@ def memory(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
-        kv_host_bytes=kv_host_bytes,
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_output=tensor_parallel_output.value,
         expert_parallel=expert_parallel,
+        load_format=load_format,
+        seed=seed,
+        native_kernels=native_kernels,
+        native_programs=native_programs,
     )
-    raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
-
-
-class GraphFormat(StrEnum):
-    """Values of --format of `plan graph`."""
-
-    TEXT = "text"
-    DOT = "dot"
-    JSON = "json"
-
-
-@plan.command(name="graph")
-def plan_graph(
-    model: Model,
-    form: Annotated[
-        GraphFormat, typer.Option("--format", help="A table, a graph for Graphviz, or JSON.")
-    ] = GraphFormat.TEXT,
-    tensor_parallel_size: TensorParallelSize = 1,
-    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
-    expert_parallel: ExpertParallel = False,
-) -> None:
-    """Print what MODEL computes, operation by operation, and what each waits for.
-
-    With several ranks it is what one of them computes.
-
-    Needs no more than the model's config.json. Exit code: 0, or 1 after an error.
-    """
-    from nf_server.commands import plan_graph as command
-
-    options = _engine_options(
-        model=model,
-        tensor_parallel_size=tensor_parallel_size,
-        tensor_parallel_output=tensor_parallel_output.value,
-        expert_parallel=expert_parallel,
-    )
-    raise typer.Exit(command.graph(options, form.value))
-
-
-@app.command()
-def simulate(
-    trace: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE.csv",
-            help="Trace with the columns TIMESTAMP, ContextTokens, GeneratedTokens.",
-        ),
-    ],
-    requests: Annotated[
-        int | None, typer.Option(help="Requests to take.", min=1, show_default="all")
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Requests per second, at random; inf is all at once.",
-            show_default="the trace's times; all at once if it has none",
-        ),
-    ] = None,
-    policy: PolicyOption = PolicyName.FCFS,
-    service_level: ServiceLevels = None,
-    admission: Annotated[
-        SimulatedAdmission,
-        typer.Option(help="When a request may start; oracle knows how long answers get."),
-    ] = SimulatedAdmission.PREDICT,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Run the admissions reserve, predict and oracle.")
-    ] = False,
-    pages: Annotated[int, typer.Option(help="Pages of the KV cache.", min=1)] = 20_000,
-    page_size: Annotated[int, typer.Option(help="Tokens of a page.", min=1)] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Limit of every answer.", min=1)] = 1024,
-    max_model_len: Annotated[
-        int, typer.Option(help="Tokens of prompt and answer; longer prompts are left out.", min=2)
-    ] = 8192,
-    max_num_seqs: Annotated[int, typer.Option(help="Most requests in one batch.", min=1)] = 1024,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Most tokens in one batch.", min=1)
-    ] = 2048,
-    async_scheduling: AsyncScheduling = True,
-    cost: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FILE.json",
-            help="How long iterations take: qwen3-30b-a3b-h200, llama-3-8b-h200, or a file.",
-        ),
-    ] = "qwen3-30b-a3b-h200",
-    seed: Annotated[int, typer.Option(help="Of random arrivals.")] = 0,
-    plot: Annotated[
-        str, typer.Option(metavar="FILE.svg", help="Where to draw it; svg, png or pdf.")
-    ] = "simulation.svg",
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Run the scheduler against a trace of requests, in computed time; needs no device.
-
-    Exit code: 0, or 1 after an error.
-    """
-    from nf_server.commands import simulate as command
-
     raise typer.Exit(
-        command.run(
-            trace,
-            num_requests=requests,
-            rate=rate,
-            seed=seed,
-            policy=policy.value,
-            service_levels=parse_service_levels(service_level or []),
-            compare=compare,
-            cost=cost,
-            plot=None if no_plot else plot,
-            as_json=as_json,
-            options={
-                "num_pages": pages,
-                "page_size": page_size,
-                "max_tokens": max_tokens,
-                "max_model_len": max_model_len,
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": max_num_batched_tokens,
-                "admission": admission.value,
-                "lag": 1 if async_scheduling else 0,
-            },
+        command.timeline(
+            options, (decodes, context, prefill), rounds=iterations, output=output, as_json=as_json
         )
     )
+
+
+app.add_typer(plan, name="plan")
+app.command()(simulate)
 
 
 @app.command()
@@ -619,11 +375,6 @@ def version() -> None:
 def main() -> None:
     """Entry point of the `nanoflow` command."""
     app()
-
-
-def _engine_options(**options: Any) -> dict[str, Any]:
-    """The options that were given; the engine has its own defaults for the others."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from nf_runtime import AsyncEngine
 from nf_server import __version__
 from nf_server.kv_metrics import kv_metrics
+from nf_server.overlap_metrics import overlap_metrics
 from nf_server.request_log import Outcome, RequestRecord
 
 _LATENCY_BUCKETS = (
@@ -162,6 +163,7 @@ class _EngineCollector(Collector):
             value=stats.tenants,
         )
         yield from kv_metrics(stats)
+        yield from overlap_metrics(stats)
         yield CounterMetricFamily(
             "nanoflow_preemptions",
             "Times that a sequence lost its pages to another one.",

@@ -26,7 +26,7 @@ from nf_runtime.loop import IterationLoop, IterationRunner, LoopStats
 from nf_runtime.model_source import find_model
 from nf_runtime.models import read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
-from nf_runtime.pipeline.plan_store import find_policy
+from nf_runtime.pipeline.plan_store import PlanTarget, find_policy, model_fingerprint
 from nf_runtime.ranks.group import RankGroup
 from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
@@ -100,6 +100,12 @@ class Engine:
             plan_dir=config.plan_dir,
             tensor_parallel_size=config.tensor_parallel_size,
         )
+        self.plan_target = PlanTarget(
+            model_fingerprint(model),
+            name_device(device),
+            str(loaded.dtype).removeprefix("torch."),
+            config.tensor_parallel_size,
+        )
         policy = self._find_policy(config.overlap)
         num_pages, max_model_len = _plan_memory(loaded, group)
         copier = None
@@ -161,6 +167,7 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             weight_bytes=weight_bytes,
             startup_seconds=phases,
+            overlap=policy.describe(config.overlap),
         )
         self._warm_up()
         phases["warm_up"] = clock() - started

@@ -27,6 +27,7 @@ class EngineInfo:
         eos_token_ids: End-of-sequence tokens.
         weight_bytes: Of all weights, on all ranks.
         startup_seconds: Duration of each phase of starting.
+        overlap: By which plans iterations run since the start, in a line.
     """
 
     model: str
@@ -39,6 +40,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     weight_bytes: int
     startup_seconds: dict[str, float]
+    overlap: str = ""
 
 
 @dataclass(frozen=True, slots=True)

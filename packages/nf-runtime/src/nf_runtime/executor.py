@@ -22,7 +22,7 @@ from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.node_times import NodeTimes
-from nf_runtime.pipeline.division import Division, divide
+from nf_runtime.pipeline.division import Division, divide, divide_typical
 from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan, PlanError
 from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
 from nf_runtime.pipeline.schedule import Schedule
@@ -213,9 +213,8 @@ class Executor:
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan that is not legal, before a batch asks for it."""
-        prefills = np.array([len(plan.nano_batches) * 8])
-        division = divide(plan.nano_batches, int(prefills[0]), prefills, selected=1)
-        schedule = self._schedules.get(plan, division.structure, notices=False)
+        structure = divide_typical(plan.nano_batches).structure
+        schedule = self._schedules.get(plan, structure, notices=False)
         networked = set()
         for number in range(len(schedule.nodes)):
             node = schedule.node(number)
@@ -245,7 +244,10 @@ class Executor:
             offload: Told when K and V of a layer are about to be written, and when they were.
             choice: The plan to run it by; by default what the policy chooses.
         """
-        choice = choice or self._choose(batch)
+        if choice is None:
+            choice = self.timeline.revise(
+                self.choose(batch), self._policy.sequential, batch.num_tokens, batch.num_decodes
+            )
         self._launch(batch, page_tables, offload, choice, timed=self.timeline.count(choice))
 
     def trace(self, batch: Batch, page_tables: np.ndarray, choice: Choice) -> IterationTrace:
@@ -346,19 +348,18 @@ class Executor:
         self.drain()
         self._api.close()
 
-    def _choose(self, batch: Batch) -> Choice:
-        """The plan of a batch."""
+    def choose(self, batch: Batch) -> Choice:
+        """The plan of a batch, and why; some of them run sequentially nevertheless, to compare."""
         sequential = self._policy.sequential
         if self.before_layer or self.after_layer:
             return Choice(sequential, Reason.HOOKS)
-        tokens, decodes = batch.num_tokens, batch.num_decodes
-        choice = self._policy.choose(tokens, decodes)
+        choice = self._policy.choose(batch.num_tokens, batch.num_decodes)
         if choice.plan.is_sequential:
             return choice
         several = len(choice.plan.nano_batches) > 1
         if several and _divide(batch, choice.plan, 1).num_occupied < 2:
             return Choice(sequential, Reason.ONE_NANO_BATCH)
-        return self.timeline.revise(choice, sequential, tokens, decodes)
+        return choice
 
     def _run(
         self,

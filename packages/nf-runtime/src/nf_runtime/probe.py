@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
 from nf_runtime.device_peaks import DevicePeaks, measure_peaks
 from nf_runtime.engine import Engine
+from nf_runtime.measured import Load, Measured
+from nf_runtime.pipeline.division import divide
 from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan import Plan
 from nf_runtime.pipeline.policy import Choice, Reason
@@ -21,62 +21,11 @@ from nf_runtime.timeline import IterationTrace
 from nf_scheduler import Batch
 
 
-class Load(NamedTuple):
-    """A batch.
-
-    Attributes:
-        decodes: Requests with one new token each.
-        context: Tokens of each of them before it.
-        prefill: New tokens of one more request, which has none before; 0: there is none.
-    """
-
-    decodes: int
-    context: int
-    prefill: int
-
-    @property
-    def tokens(self) -> int:
-        """New tokens."""
-        return self.decodes + self.prefill
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A plan beside the sequential one, iteration by iteration in turns.
-
-    Attributes:
-        plan: Its name.
-        load: The batch.
-        gain: Median of the sequential plan's time by this one's, from the first operation's start
-            to the last one's end.
-        quartiles: Of the same.
-        wall_ms: Median of that time.
-        seconds: Median of a whole iteration, from launch to result.
-        concurrency: Median of the sum of all operations' times by that time.
-        compute: Median part of the measured peak of products that was used.
-        memory: Median part of the measured peak of reading that was used.
-        traces: Of its iterations.
-    """
-
-    plan: str
-    load: Load
-    gain: float
-    quartiles: tuple[float, float]
-    wall_ms: float
-    seconds: float
-    concurrency: float
-    compute: float
-    memory: float
-    traces: tuple[IterationTrace, ...]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens of iterations one after the other."""
-        return self.load.tokens / self.seconds
-
-
 class Probe:
     """Runs batches on the executor of an engine that has nothing to do.
+
+    It writes over pages that the prefix index of the KV cache may know, so the engine should serve
+    no requests afterwards.
 
     Args:
         engine: Whose requests have all ended.
@@ -141,6 +90,45 @@ class Probe:
         trace = self._executor.trace(batch, page_tables, Choice(plan, Reason.PLANNED))
         return trace, time.perf_counter() - started
 
+    def choose(self, load: Load) -> Choice:
+        """The plan by which the engine would run a batch, and why.
+
+        Raises:
+            ValueError: The engine has no room for such a batch.
+        """
+        return self._executor.choose(self._make(load)[0])
+
+    def cuts(self, plan: Plan, load: Load) -> bool:
+        """Whether a plan cuts a batch in two or more."""
+        prefills = np.array([load.prefill] * (load.prefill > 0), dtype=np.int64)
+        division = divide(plan.nano_batches, load.decodes, prefills, selected=1)
+        return division.num_occupied > 1
+
+    def check(self, load: Load) -> None:
+        """Refuse a batch that the engine has no room for.
+
+        Raises:
+            ValueError: There is no room, with what to change.
+        """
+        info, config = self._engine.info, self._engine.config
+        if load.tokens < 1:
+            raise ValueError(f"load is {load}; expected at least one decode or token of a prefill")
+        pages = load.decodes * -(-(load.context + 1) // info.page_size)
+        pages += -(-load.prefill // info.page_size)
+        longest = max(load.prefill, (load.context + 1) * (load.decodes > 0))
+        requests = load.decodes + (load.prefill > 0)
+        for name, value, most, remedy in (
+            ("tokens", load.tokens, config.batch_tokens, "raise max_num_batched_tokens"),
+            ("requests", requests, config.max_num_seqs, "raise max_num_seqs"),
+            ("tokens of a request", longest, info.max_model_len, "take a shorter context"),
+            ("pages of KV", pages, info.num_pages, "raise kv_cache_tokens"),
+        ):
+            if value > most:
+                raise ValueError(
+                    f"load {load} has {value} {name}, and the engine takes at most {most}; "
+                    f"{remedy}, or lower the load"
+                )
+
     def close(self) -> None:
         """Forget the made-up requests."""
         for name in self._names:
@@ -149,26 +137,12 @@ class Probe:
 
     def _make(self, load: Load) -> tuple[Batch, np.ndarray]:
         """A batch, and pages for it that no two requests share."""
+        self.check(load)
         info = self._engine.info
         requests = load.decodes + (load.prefill > 0)
         new = np.array([1] * load.decodes + [load.prefill] * (load.prefill > 0))
         contexts = np.array([load.context] * load.decodes + [0] * (load.prefill > 0))
         pages = -(-(contexts + new) // info.page_size)
-        if pages.sum() > info.num_pages:
-            raise ValueError(
-                f"load has {load.decodes} decodes at {load.context} tokens and a prefill of "
-                f"{load.prefill}: {pages.sum()} pages, and the KV cache has {info.num_pages}; "
-                f"lower them, or raise kv_cache_tokens"
-            )
-        config = self._engine.config
-        longest = int((contexts + new).max(initial=0))
-        for name, value, most in (
-            ("tokens", load.tokens, config.batch_tokens),
-            ("requests", requests, config.max_num_seqs),
-            ("tokens of a request", longest, info.max_model_len),
-        ):
-            if value > most:
-                raise ValueError(f"load has {value} {name}; the engine takes at most {most}")
         while len(self._names) < requests:
             name = f"probe-{len(self._names)}"
             nothing = np.zeros(0, dtype=np.int32)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nf_server.commands.failure import fail
+from nf_server.commands.flags import as_flags
 
 if TYPE_CHECKING:
     from nf_runtime.memory_plan import MemoryPlan
@@ -42,8 +42,7 @@ def memory(engine_options: dict[str, Any], device_memory: int | None, *, as_json
         plan = plan_memory(config, model, there, pick_dtype(config.dtype, model))
     except NanoFlowError as error:
         fail(error)
-    names = [field.name for field in fields(EngineConfig)]
-    advice = [_as_flags(text, names) for text in plan.advice]
+    advice = [as_flags(text) for text in plan.advice]
     print(_as_json(plan, advice) if as_json else _as_table(plan, advice))
     return 0 if plan.fits else 1
 
@@ -91,12 +90,3 @@ def _as_table(plan: MemoryPlan, advice: list[str]) -> str:
         lines.append(f"It does not fit: {plan.problem}.")
     lines += [f"  - {text}" for text in advice]
     return "\n".join(lines)
-
-
-def _as_flags(text: str, names: list[str]) -> str:
-    """Advice by the names of the command line: `--kv-device-bytes` for kv_device_bytes."""
-    pattern = re.compile(rf"\b({'|'.join(names)})\b")
-    words = {"model", "device", "tokenizer", "seed"}  # fields that are words of a sentence too
-    return pattern.sub(
-        lambda found: found[0] if found[0] in words else "--" + found[0].replace("_", "-"), text
-    )

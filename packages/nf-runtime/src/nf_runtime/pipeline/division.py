@@ -151,6 +151,16 @@ def divide(
     )
 
 
+def divide_typical(nano_batches: tuple[NanoBatch, ...]) -> Division:
+    """Cut a batch that has tokens of every kind in every nano-batch, to look at a plan.
+
+    Args:
+        nano_batches: Of the plan.
+    """
+    decodes = 8 * len(nano_batches)
+    return divide(nano_batches, decodes, np.array([decodes]), selected=1)
+
+
 def _bounds(
     nano_batches: tuple[NanoBatch, ...], num_decodes: int, num_prefill: int
 ) -> tuple[int, ...]:

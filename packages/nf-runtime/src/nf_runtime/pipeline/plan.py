@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -267,9 +268,18 @@ class PlanSet(_Part):
         raise PlanError(f"plan is {name!r}; expected one of {[plan.name for plan in self.plans]}")
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # an engine may read now
+        try:
+            unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def read_plan_set(path: Path) -> PlanSet:

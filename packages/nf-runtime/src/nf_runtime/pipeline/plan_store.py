@@ -8,6 +8,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from nf_runtime.graph import LayerGraph
 from nf_runtime.model_config import ModelConfig
@@ -18,6 +19,22 @@ _log = logging.getLogger(__name__)
 
 # What of a config does not change what is computed.
 _NOT_SHAPES = frozenset({"eos_token_ids", "max_position", "dtype", "rope"})
+
+
+class PlanTarget(NamedTuple):
+    """What plans are measured for.
+
+    Attributes:
+        model: Fingerprint of the model's shapes.
+        device: Name of the device.
+        dtype: Such as `bfloat16`.
+        tensor_parallel_size: Ranks of a replica.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    tensor_parallel_size: int = 1
 
 
 def default_directory() -> Path:

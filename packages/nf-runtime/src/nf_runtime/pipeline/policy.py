@@ -7,7 +7,14 @@ from enum import StrEnum
 from pathlib import Path
 
 from nf_runtime.graph import LayerGraph
-from nf_runtime.pipeline.plan import Plan, PlanError, PlanSet, for_all_batches, read_plan_set
+from nf_runtime.pipeline.plan import (
+    Bucket,
+    Plan,
+    PlanError,
+    PlanSet,
+    for_all_batches,
+    read_plan_set,
+)
 from nf_runtime.pipeline.templates import TEMPLATES, sequential
 from nf_scheduler import TokenBudget
 
@@ -61,6 +68,34 @@ class OverlapPolicy:
         self._without = reason
         self._only_gains = only_gains
 
+    def describe(self, overlap: str) -> str:
+        """What runs by which plans, in a line.
+
+        Args:
+            overlap: What it was made for, as `EngineConfig.overlap`.
+        """
+        if self.plan_set is None and self._without is Reason.NO_PLAN:
+            return (
+                f"{overlap}, no plans measured for this model on this device: sequential "
+                "(nanoflow plan measure)"
+            )
+        if self.plan_set is None:
+            return f"{overlap}: sequential"
+        counts: dict[str, int] = {}
+        for bucket in self.plan_set.buckets:
+            plan = self.plan_set.plan(bucket.plan)
+            if not plan.is_sequential and not self._is_no_gain(bucket):
+                counts[plan.name] = counts.get(plan.name, 0) + 1
+        total = len(self.plan_set.buckets)
+        if not counts:
+            slower = ", no plan was measured to be faster" if self._only_gains else ""
+            return f"{overlap}{slower}: sequential"
+        if total == 1:
+            (name,) = counts
+            return overlap if name == overlap else f"{overlap}, plan {name}"
+        plans = ", ".join(f"{name} for {count}" for name, count in counts.items())
+        return f"{overlap}, of {total} kinds of batches {plans}; else sequential"
+
     def budgets(self, most: int) -> tuple[TokenBudget, ...]:
         """Tokens of a batch by number of decodes, as the buckets say.
 
@@ -92,9 +127,13 @@ class OverlapPolicy:
         plan = self.plan_set.plan(bucket.plan)
         if plan.is_sequential:
             return Choice(plan, Reason.PLANNED)
-        if self._only_gains and (bucket.gain is None or bucket.gain <= 1):
+        if self._is_no_gain(bucket):
             return Choice(self.sequential, Reason.NO_GAIN)
         return Choice(plan, Reason.PLANNED)
+
+    def _is_no_gain(self, bucket: Bucket) -> bool:
+        """Whether a bucket's plan is left alone."""
+        return self._only_gains and (bucket.gain is None or bucket.gain <= 1)
 
 
 OVERLAP_WORDS = ("auto", "off", *(name for name in TEMPLATES if name != "sequential"))
