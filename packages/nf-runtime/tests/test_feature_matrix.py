@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from feature_cells import (
+    LARGE_POOL,
     PAGE,
     PROMPTS,
     VALUES,
@@ -109,7 +110,7 @@ def run_cell(cell: Cell, path: Path, directory: Path, reference: Reference) -> N
         assert differences(answers_of(outputs), expected) == []
         check_chunks(cell, seen, outputs)
         check_mode(cell, llm)
-        assert (llm.engine.stats.preemptions > 0) == (cell.pool == "small pool")
+        assert (llm.engine.stats.preemptions > 0) == (cell.pool == "small pool"), "preemptions"
         check_nothing_is_left(llm)
         if cell.prefix == "cache":
             if cell.tier != "device":
@@ -124,7 +125,7 @@ def run_cell(cell: Cell, path: Path, directory: Path, reference: Reference) -> N
         llm, seen = load(path, **cell.options(directory))
         with llm:
             assert differences(answers_of(generate(llm, PROMPTS, params)), expected) == []
-            assert llm.engine.stats.prefix_hit_tokens_by_tier["disk"] > 0
+            assert llm.engine.stats.prefix_hit_tokens_by_tier["disk"] > 0, "hits on the SSD"
             check_nothing_is_left(llm)
             check_traces(llm, seen)
     before.check(directory)
@@ -133,8 +134,9 @@ def run_cell(cell: Cell, path: Path, directory: Path, reference: Reference) -> N
 def check_hits(cell: Cell, llm: LLM) -> None:
     """Prefixes were found where they were to be found."""
     stats = llm.engine.stats
-    assert (stats.prefix_hit_tokens > 0) == (cell.prefix == "cache")
-    assert (stats.prefix_hit_tokens_by_tier["host"] > 0) == (cell.tier != "device")
+    assert (stats.prefix_hit_tokens > 0) == (cell.prefix == "cache"), "hits"
+    in_host = stats.prefix_hit_tokens_by_tier["host"]
+    assert (in_host > 0) == (cell.tier != "device"), "hits in the host"
 
 
 @pytest.mark.parametrize("cell", covering_cells(), ids=str)
@@ -193,6 +195,59 @@ def test_the_lanes_of_a_plan_run_beside_each_other(
             outputs = generate(llm, PROMPTS, sampling_params(cell.sampling, None))
             assert differences(answers_of(outputs), expected) == []
     assert seen.overlaps > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "tier", "override", "message"),
+    [
+        ("sync", "device", {"async_scheduling": True}, "iterations ahead"),
+        ("async", "device", {"async_scheduling": False}, "iterations ahead"),
+        ("async", "device", {"overlap": "nanoflow"}, "planned steps"),
+        ("nanoflow", "device", {"overlap": "off"}, "planned steps"),
+        ("pd-multiplex", "device", {"overlap": "co-resident"}, "planned steps"),
+        ("async", "device", {"max_prefill_chunk": None}, "largest chunk"),
+        ("async", "device", {"kv_cache_tokens": PAGE * LARGE_POOL}, "preemptions"),
+        ("async", "device", {"enable_prefix_caching": False}, "hits"),
+        ("async", "host", {"kv_host_bytes": None}, "hits in the host"),
+        ("async", "host and SSD", {"kv_ssd_dir": None, "kv_ssd_max_bytes": None}, "on the SSD"),
+    ],
+)
+def test_a_cell_whose_feature_does_not_act_fails(
+    mode: str,
+    tier: str,
+    override: dict[str, Any],
+    message: str,
+    tiny_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its tokens are right, all the same: only what it looks for besides them tells."""
+    cell = Cell("mistral", mode, 16, "small pool", "cache", tier, "greedy")
+    reference(cell)
+    options = Cell.options
+    monkeypatch.setattr(
+        Cell, "options", lambda self, directory: options(self, directory) | override
+    )
+    with pytest.raises(AssertionError, match=f"{message}\\n"):
+        run_cell(cell, tiny_checkpoint(cell.family), tmp_path, reference)
+
+
+def test_an_engine_that_is_not_closed_shows(
+    tiny_checkpoint: MakeCheckpoint, tmp_path: Path, reference: Reference
+) -> None:
+    """Lanes are threads, and the SSD tier has files open."""
+    cell = Cell("mistral", "nanoflow", 16, "large pool", "cache", "host and SSD", "greedy")
+    reference(cell)
+    before = Open.now()
+    llm, _ = load(tiny_checkpoint(cell.family), **cell.options(tmp_path))
+    generate(llm, PROMPTS[:3], sampling_params("greedy", None)[:3])
+    with pytest.raises(AssertionError, match="threads are left"):
+        before.check(tmp_path, patience=0.1)
+    with pytest.raises(AssertionError, match="files are open"):
+        replace(before, threads=Open.now().threads).check(tmp_path)
+    llm.shutdown()
+    before.check(tmp_path)
 
 
 class HeldCopier(CpuCopier):
