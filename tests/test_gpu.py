@@ -55,7 +55,6 @@ def checkpoint(directory: Path) -> Path:
     config = read_config(directory)
     family = find_family(config.architecture)
     generator = torch.Generator().manual_seed(0)
-    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
     tensors = {}
     for specs in (
         model_weights(config),
@@ -63,13 +62,10 @@ def checkpoint(directory: Path) -> Path:
     ):
         for spec in specs:
             for source in spec.sources:
-                rows = spec.shape[0] // len(spec.sources)
-                if spec.name == "qkv":
-                    rows = heads[source.split("self_attn.")[1][0]] * config.head_dim
-                shape = (rows, *spec.shape[1:])
-                norm = spec.name.endswith("norm")
-                tensors[source] = (
-                    torch.ones(shape) if norm else torch.randn(shape, generator=generator) * 0.1
+                tensors[source.name] = (
+                    torch.ones(source.shape)
+                    if spec.name.endswith("norm")
+                    else torch.randn(source.shape, generator=generator) * 0.1
                 )
     save_file(tensors, path)
     return directory

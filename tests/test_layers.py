@@ -46,6 +46,7 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_runtime.iteration_output",
         "nf_runtime.model_config",
         "nf_runtime.models",
+        "nf_runtime.parallelism",
         "nf_runtime.sampling_params",
         "nf_runtime.pipeline.compiler",
         "nf_runtime.pipeline.happens_before",

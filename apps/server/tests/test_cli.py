@@ -203,6 +203,33 @@ def test_plan_graph_reads_the_config_alone(tmp_path: Path) -> None:
     assert lines[-1] == "logits compute selected selected_normed[256] logits[4096] final_norm"
 
 
+def test_plan_graph_of_a_rank() -> None:
+    options = ["--tensor-parallel-size", "2", "--tensor-parallel-output"]
+    result = nanoflow("plan", "graph", DEMO_MODEL, *options, "all_gather")
+    assert result.returncode == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "LlamaForCausalLM, 6 layers, rank 0 of 2"
+    gather = "attended_all_gather network all attended[128] all_attended[256] decode_attention, "
+    assert gather + "prefill_attention" in lines
+    assert "down_all_reduce network all partial[256] partial[256] down_proj" in lines
+    logits = "logits_all_gather network selected local_logits[2048] logits[4096] logits"
+    assert lines[-1] == logits
+
+
+def test_a_size_that_does_not_divide_the_model_is_one_line() -> None:
+    arguments = ["generate", DEMO_MODEL, "x", "--tensor-parallel-size", "3"]
+    line = only_error_line(nanoflow(*arguments))
+    assert "must divide the model's 4 attention heads: set it to 2, or to 1" in line
+
+
+def test_generate_by_two_ranks() -> None:
+    arguments = ["generate", DEMO_MODEL, "def f(", "--temperature", "0", "--max-tokens", "8"]
+    arguments += ["--dtype", "float32", "--kv-cache-tokens", "512"]
+    one, two = (nanoflow(*arguments, "--tensor-parallel-size", size) for size in "12")
+    assert two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout != ""
+
+
 def test_plan_graph_for_programs() -> None:
     graph = json.loads(nanoflow("plan", "graph", DEMO_MODEL, "--format", "json").stdout)
     assert len(graph["operations"]) == 1 + 6 * 10 + 3

@@ -99,9 +99,9 @@ struct GatherArgs {
 
 struct CombineArgs {
   const void* x;               // [tokens * experts of a token, width]
-  const int64_t* row_of;       // [tokens, experts of a token], rows of x
+  const int64_t* row_of;       // [tokens, experts of a token], rows of x; -1 for one that counts for nothing
   const float* weights;        // [tokens, experts of a token]
-  const void* residual;        // [tokens, width]
+  const void* residual;        // [tokens, width], or null
   void* out;                   // [tokens, width]; may be residual itself
   int64_t num_tokens, experts_per_token, width, residual_stride, out_stride;
 };

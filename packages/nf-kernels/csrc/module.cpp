@@ -122,11 +122,12 @@ int64_t moe_experts_scratch_bytes(int dtype, int64_t num_tokens, int64_t experts
 void moe_experts(int dtype, uintptr_t x, uintptr_t expert_ids, uintptr_t expert_weights, uintptr_t gate_up,
                  uintptr_t down, uintptr_t residual, uintptr_t out, uintptr_t scratch, int64_t num_tokens,
                  int64_t experts_per_token, int64_t num_experts, int64_t hidden, int64_t inner, int64_t x_stride,
-                 int64_t residual_stride, int64_t out_stride, int64_t gate_up_stride, int64_t down_stride) {
+                 int64_t residual_stride, int64_t out_stride, int64_t gate_up_stride, int64_t down_stride,
+                 int64_t first_expert, bool is_part) {
   perform(nf::MoeExperts{static_cast<nf::DType>(dtype), at<void>(x), at<int64_t>(expert_ids), at<float>(expert_weights),
                          at<void>(gate_up), at<void>(down), at<void>(residual), at<void>(out), at<void>(scratch),
                          num_tokens, experts_per_token, num_experts, hidden, inner, x_stride, residual_stride,
-                         out_stride, gate_up_stride, down_stride});
+                         out_stride, gate_up_stride, down_stride, first_expert, is_part});
 }
 
 int64_t sample_scratch_bytes(int64_t vocab_size) { return nf::max_threads() * nf::sample_scratch_bytes(vocab_size); }

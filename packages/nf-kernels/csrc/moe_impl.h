@@ -51,15 +51,19 @@ void moe_combine(const CombineArgs& a, const Team& team) {
   for (RowRange rows = next_rows(team, a.num_tokens, a.width); rows.first < rows.end;
        rows = next_rows(team, a.num_tokens, a.width)) {
     for (int64_t token = rows.first; token < rows.end; ++token) {
-      const T* residual = static_cast<const T*>(a.residual) + token * a.residual_stride;
       T* out = static_cast<T*>(a.out) + token * a.out_stride;
       constexpr int64_t kPiece = 256;  // elements that are added up at a time
       for (int64_t first = 0; first < a.width; first += kPiece) {
         const int64_t n = a.width - first < kPiece ? a.width - first : kPiece;
         alignas(64) float sum[kPiece];
-        load_row(residual + first, sum, n);
+        if (a.residual) {
+          load_row(static_cast<const T*>(a.residual) + token * a.residual_stride + first, sum, n);
+        } else {
+          for (int64_t j = 0; j < n; ++j) sum[j] = 0.0f;
+        }
         for (int64_t i = 0; i < a.experts_per_token; ++i) {
           const int64_t choice = token * a.experts_per_token + i;
+          if (a.row_of[choice] < 0) continue;
           const T* x = static_cast<const T*>(a.x) + a.row_of[choice] * a.width + first;
           const float weight = a.weights[choice];
 #pragma omp simd

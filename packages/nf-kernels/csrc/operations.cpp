@@ -50,15 +50,21 @@ struct ExpertScratch {
   }
 };
 
-void sort_by_expert(const int64_t* ids, int64_t choices, int64_t experts_per_token, int64_t num_experts,
-                    const ExpertScratch& s) {
+// Choices of experts that are elsewhere have the rows behind those of all that are here, where no product looks.
+void sort_by_expert(const int64_t* ids, int64_t choices, int64_t experts_per_token, int64_t first_expert,
+                    int64_t num_experts, const ExpertScratch& s) {
+  const auto is_here = [=](int64_t id) { return id >= first_expert && id < first_expert + num_experts; };
   for (int64_t e = 0; e <= num_experts; ++e) s.row_start[e] = 0;
-  for (int64_t i = 0; i < choices; ++i) ++s.row_start[ids[i] + 1];
-  for (int64_t e = 0; e < num_experts; ++e) s.row_start[e + 1] += s.row_start[e];
   for (int64_t i = 0; i < choices; ++i) {
-    const int64_t row = s.row_start[ids[i]]++;
+    if (is_here(ids[i])) ++s.row_start[ids[i] - first_expert + 1];
+  }
+  for (int64_t e = 0; e < num_experts; ++e) s.row_start[e + 1] += s.row_start[e];
+  int64_t elsewhere = s.row_start[num_experts];
+  for (int64_t i = 0; i < choices; ++i) {
+    const bool here = is_here(ids[i]);
+    const int64_t row = here ? s.row_start[ids[i] - first_expert]++ : elsewhere++;
     s.token_of_row[row] = i / experts_per_token;
-    s.row_of_choice[i] = row;
+    s.row_of_choice[i] = here ? row : -1;
   }
   for (int64_t e = num_experts; e > 0; --e) s.row_start[e] = s.row_start[e - 1];
   s.row_start[0] = 0;
@@ -131,8 +137,8 @@ int64_t MoeExperts::scratch_bytes() const { return ExpertScratch(*this).bytes; }
 void MoeExperts::run(Threads& threads) const {
   const int64_t choices = num_tokens * experts_per_token;
   const ExpertScratch s(*this);
-  check_indices("expert_ids", expert_ids, choices, num_experts);
-  sort_by_expert(expert_ids, choices, experts_per_token, num_experts, s);
+  if (!is_part) check_indices("expert_ids", expert_ids, choices, num_experts);
+  sort_by_expert(expert_ids, choices, experts_per_token, first_expert, num_experts, s);
   run_kernel(threads, kernels().gather_rows, dtype,
              {x, s.token_of_row, s.gathered, choices, hidden, x_stride, hidden}, choices * hidden);
   const auto grouped = [&](const void* from, const void* weight, void* to, int64_t in, int64_t features,

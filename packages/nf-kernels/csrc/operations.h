@@ -152,11 +152,13 @@ struct MoeExperts {
   const float* expert_weights;  // as expert_ids
   const void* gate_up;          // packed, gate_up_stride elements for each expert
   const void* down;             // packed, likewise
-  const void* residual;         // [tokens, hidden]
+  const void* residual;         // [tokens, hidden], or null
   void* out;                    // [tokens, hidden]
   void* scratch;                // scratch_bytes
   int64_t num_tokens, experts_per_token, num_experts, hidden, inner;
   int64_t x_stride, residual_stride, out_stride, gate_up_stride, down_stride;
+  int64_t first_expert;  // id of the first one that is here
+  bool is_part;          // whether ids of experts that are elsewhere are legal; they count for nothing
 
   int64_t scratch_bytes() const;
   void run(Threads& threads) const;

@@ -36,6 +36,9 @@ SharedPool& shared_pool() {
   return *pool;
 }
 
-int64_t max_threads() { return std::max<int64_t>(std::thread::hardware_concurrency(), shared_pool().num_threads()); }
+int64_t max_threads() {
+  static const int64_t cores = std::thread::hardware_concurrency();  // a system call each time, else
+  return std::max(cores, shared_pool().num_threads());
+}
 
 }  // namespace nf

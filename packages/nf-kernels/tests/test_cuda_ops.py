@@ -220,3 +220,11 @@ def test_moe_experts(stood_in, tokens, experts, dtype, seed, data):
     REFERENCE["moe_experts"](**wide, out=expected)
     unit = {FP32: 1e-6, BF16: 2.0**-8, FP16: 2.0**-11}[dtype]  # three steps round to the dtype
     torch.testing.assert_close(out.float(), expected, rtol=4 * unit, atol=8 * unit * chosen)
+    # Some of the experts, and no residual.
+    first = data.draw(st.integers(0, experts - 1))
+    for arguments in (case, wide):
+        arguments |= {name: arguments[name][first:] for name in ("gate_up", "down")}
+        arguments |= {"residual": None, "first_expert": first}
+    stood_in["moe_experts"](**case, out=out)
+    REFERENCE["moe_experts"](**wide, out=expected)
+    torch.testing.assert_close(out.float(), expected, rtol=4 * unit, atol=8 * unit * chosen)

@@ -103,6 +103,24 @@ def test_experts(native, tokens, experts, hidden, inner, dtype, seed, data):
         assert torch.equal(run(native, alone)[0], got[token])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_the_experts_add_up(native, dtype):
+    """Without a residual; what is chosen elsewhere counts for nothing, be it NaN."""
+    case = experts_case(9, 6, 3, 16, 8, dtype, 0)
+    whole = run(native, case)
+    del case["residual"]
+    for operations in (native, REFERENCE):
+        total = torch.zeros(9, 16)
+        for first, end in ((0, 2), (2, 3), (3, 6)):
+            part = {name: case[name][first:end].clone() for name in ("gate_up", "down")}
+            total += run(operations, case | part | {"first_expert": first}).float()
+        expected = whole.float() - experts_case(9, 6, 3, 16, 8, dtype, 0)["residual"].float()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
+        nobody = {name: case[name][:1].clone() for name in ("gate_up", "down")}
+        assert not run(operations, case | nobody | {"first_expert": 7}).any()
+
+
 def test_scratch_is_asked_for_and_measured(native):
     case = experts_case(4, 3, 2, 16, 8, torch.float32, 0)
     packed = {name: native.pack(case[name]) for name in ("gate_up", "down")}

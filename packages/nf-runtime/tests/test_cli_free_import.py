@@ -48,6 +48,8 @@ TORCH_FREE = [
             "outputs",
             "seeds",
             "model_source",
+            "parallelism",
+            "ranks.process",
         )
     ),
 ]

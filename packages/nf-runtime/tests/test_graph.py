@@ -90,6 +90,6 @@ def test_every_family_is_a_graph_that_uses_all_its_weights(architecture: str) ->
         used = {weight for operation in operations for weight in operation.weights.values()}
         specs = layer_weights(config, family, layer)
         assert used == {spec.name for spec in specs}
-        sources = [source for spec in specs for source in spec.sources]
+        sources = [source.name for spec in specs for source in spec.sources]
         assert len(set(sources)) == len(sources)
         assert all(source.startswith(f"model.layers.{layer}.") for source in sources)

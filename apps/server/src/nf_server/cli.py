@@ -54,6 +54,13 @@ class AdmissionName(StrEnum):
     GREEDY = "greedy"
 
 
+class ParallelOutput(StrEnum):
+    """Values of --tensor-parallel-output."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+
+
 class SimulatedAdmission(StrEnum):
     """Values of --admission of `simulate`."""
 
@@ -113,6 +120,27 @@ AdmissionOption = Annotated[
     typer.Option(
         help="When a request may start: if the predicted peak of all fits the KV cache, if all "
         "could reach their max_tokens, or if it fits now."
+    ),
+]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        help="Ranks that share the model, each a process with a GPU of its own, or a part of the "
+        "CPU.",
+        min=1,
+    ),
+]
+TensorParallelOutput = Annotated[
+    ParallelOutput,
+    typer.Option(
+        help="How ranks join the attention output: add up parts of a sum, or gather heads and then "
+        "columns; the same tokens."
+    ),
+]
+ExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--expert-parallel", help="Give each rank whole experts instead of a part of each."
     ),
 ]
 AsyncScheduling = Annotated[
@@ -213,6 +241,9 @@ def serve(
     policy: PolicyOption = PolicyName.FCFS,
     service_level: ServiceLevels = None,
     admission: AdmissionOption = AdmissionName.PREDICT,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
     async_scheduling: AsyncScheduling = True,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
@@ -254,6 +285,9 @@ def serve(
         policy=policy.value,
         service_levels=parse_service_levels(service_level) if service_level else None,
         admission=admission.value,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
         async_scheduling=async_scheduling,
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
@@ -344,6 +378,9 @@ def generate(
     max_model_len: MaxModelLen = None,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
     load_format: LoadFormat = "auto",
     tokenizer: Tokenizer = None,
     native_kernels: NativeKernels = True,
@@ -372,6 +409,9 @@ def generate(
             max_model_len=max_model_len,
             kv_cache_tokens=kv_cache_tokens,
             kv_device_bytes=kv_device_bytes,
+            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_output=tensor_parallel_output.value,
+            expert_parallel=expert_parallel,
             load_format=load_format,
             native_kernels=native_kernels,
             deterministic=deterministic,
@@ -409,10 +449,14 @@ def memory(
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
     kv_host_bytes: KvHostBytes = None,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether weights, KV cache and workspace of MODEL fit; nothing is loaded.
 
+    With several ranks it is the plan of one: its part of the model, and the memory of its device.
     Needs no more than the model's config.json. Exit code: 0 it fits, 1 it does not, or an error.
     """
     from nf_server.commands import plan as command
@@ -427,6 +471,9 @@ def memory(
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
         kv_host_bytes=kv_host_bytes,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
     )
     raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
 
@@ -445,14 +492,25 @@ def plan_graph(
     form: Annotated[
         GraphFormat, typer.Option("--format", help="A table, a graph for Graphviz, or JSON.")
     ] = GraphFormat.TEXT,
+    tensor_parallel_size: TensorParallelSize = 1,
+    tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
+    expert_parallel: ExpertParallel = False,
 ) -> None:
     """Print what MODEL computes, operation by operation, and what each waits for.
+
+    With several ranks it is what one of them computes.
 
     Needs no more than the model's config.json. Exit code: 0, or 1 after an error.
     """
     from nf_server.commands import plan_graph as command
 
-    raise typer.Exit(command.graph(model, form.value))
+    options = _engine_options(
+        model=model,
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_output=tensor_parallel_output.value,
+        expert_parallel=expert_parallel,
+    )
+    raise typer.Exit(command.graph(options, form.value))
 
 
 @app.command()

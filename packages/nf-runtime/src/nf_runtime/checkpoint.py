@@ -1,7 +1,9 @@
 """Reading a checkpoint's tensors from safetensors files."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,25 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 # What is read of a mapped file occupies memory until the file is unmapped.
 _MAPPED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a checkpoint's tensor, and where it goes.
+
+    Attributes:
+        name: Of the tensor.
+        shape: Of the whole tensor, as config.json says.
+        target: Where the part goes; its shape is that of the part.
+        first_row: Of the tensor, that the part begins with.
+        columns: Of the tensor, those of the part; None takes all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    target: Tensor
+    first_row: int = 0
+    columns: slice | None = None
 
 
 class Checkpoint:
@@ -56,50 +77,59 @@ class Checkpoint:
             )
         return self._shapes[name]
 
-    def copy(self, targets: Mapping[str, Tensor]) -> None:
-        """Copy tensors into place, converting their dtype.
+    def copy(self, pieces: Iterable[Piece]) -> None:
+        """Copy tensors, or parts of them, into place, converting their dtype.
 
-        The files are mapped for some rows at a time: what has been read leaves memory again, and a
-        model is loaded with little more than its own size, however large its tensors are.
+        Only the parts are read. The files are mapped for some rows at a time: what has been read
+        leaves memory again, and a model is loaded with little more than its own size, however large
+        its tensors are.
 
         Raises:
             ModelLoadError: A tensor is missing or has another shape; the file is named.
         """
-        by_file: dict[Path, dict[str, Tensor]] = defaultdict(dict)
-        for name, target in targets.items():
-            if self.shape(name) != target.shape:
+        by_file: dict[Path, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            shape = self.shape(piece.name)
+            if shape != piece.shape:
                 raise ModelLoadError(
-                    f"{self.files[name]}: tensor {name!r} is {list(self.shape(name))}; config.json "
-                    f"makes it {list(target.shape)}"
+                    f"{self.files[piece.name]}: tensor {piece.name!r} is {list(shape)}; "
+                    f"config.json makes it {list(piece.shape)}"
                 )
-            by_file[self.files[name]][name] = target
-        for path, tensors in by_file.items():
+            by_file[self.files[piece.name]].append(piece)
+        for path, in_file in by_file.items():
             try:
-                for pieces in _mappings(tensors):
+                for runs in _mappings(in_file):
                     with safe_open(path, framework="pt") as file:
-                        for name, rows in pieces:
-                            tensors[name][rows].copy_(file.get_slice(name)[rows])
+                        for piece, start, end in runs:
+                            rows = slice(piece.first_row + start, piece.first_row + end)
+                            tensor = file.get_slice(piece.name)
+                            columns = piece.columns
+                            read = tensor[rows] if columns is None else tensor[rows, columns]
+                            piece.target[start:end].copy_(read)
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(f"{path} cannot be read: {error}") from error
 
 
-def _mappings(tensors: Mapping[str, Tensor]) -> Iterator[list[tuple[str, slice]]]:
-    """Cut tensors into runs of rows, and group them by what is read in one mapping of the file."""
-    pieces: list[tuple[str, slice]] = []
+def _mappings(pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, int, int]]]:
+    """Cut pieces into runs of rows, and group them by what is read in one mapping of the file.
+
+    A run is its piece, and the first row and the end of its rows in that.
+    """
+    runs: list[tuple[Piece, int, int]] = []
     room = _MAPPED_BYTES
-    for name, tensor in tensors.items():
-        row_bytes = tensor[0].nbytes
-        start = 0
-        while start < len(tensor):
-            end = min(len(tensor), start + max(1, room // row_bytes))
-            pieces.append((name, slice(start, end)))
+    for piece in pieces:
+        row_bytes = prod(piece.shape[1:]) * piece.target.itemsize  # as the file maps whole rows
+        start, length = 0, len(piece.target)
+        while start < length:
+            end = min(length, start + max(1, room // row_bytes))
+            runs.append((piece, start, end))
             room -= (end - start) * row_bytes
             start = end
             if room < row_bytes:
-                yield pieces
-                pieces, room = [], _MAPPED_BYTES
-    if pieces:
-        yield pieces
+                yield runs
+                runs, room = [], _MAPPED_BYTES
+    if runs:
+        yield runs
 
 
 def _shards(directory: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nf_runtime.errors import NanoFlowError
+from nf_runtime.parallelism import OUTPUTS, Shard
 from nf_scheduler import POLICIES, SloAware
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -64,6 +65,11 @@ class EngineConfig:
         deterministic: Run only operations whose rows do not depend on each other, so that a request
             gets the same tokens in every dtype, whatever else runs, and refuse to start where there
             are none.
+        tensor_parallel_size: Ranks that share the model, each a process with a device of its own;
+            on a CPU they share its cores and its memory. Bytes of KV are those of each rank.
+        tensor_parallel_output: How they join the attention output, one of
+            `nf_runtime.parallelism.OUTPUTS`.
+        expert_parallel: A rank has some experts whole, instead of a part of each.
         async_scheduling: Form and start each iteration while the one before runs. False waits for
             every iteration before it forms the next.
         overlap: Which plans run operations beside each other: `auto` those that were measured to be
@@ -104,6 +110,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     native_kernels: bool = True
     deterministic: bool = False
+    tensor_parallel_size: int = 1
+    tensor_parallel_output: str = OUTPUTS[0]
+    expert_parallel: bool = False
     async_scheduling: bool = True
     overlap: str = "auto"
     plan_dir: str | None = None
@@ -124,6 +133,7 @@ class EngineConfig:
             "load_format": (self.load_format, LOAD_FORMATS),
             "policy": (self.policy, POLICY_NAMES),
             "admission": (self.admission, ADMISSIONS),
+            "tensor_parallel_output": (self.tensor_parallel_output, OUTPUTS),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
@@ -144,6 +154,7 @@ class EngineConfig:
             "kv_host_bytes",
             "kv_ssd_max_bytes",
             "page_size",
+            "tensor_parallel_size",
             "replay_log_max_bytes",
         ):
             value = getattr(self, name)
@@ -161,6 +172,7 @@ class EngineConfig:
                 "overlap is empty; expected auto, off, the name of a template or a file"
             )
         self._check_service_levels()
+        self._check_parallelism()
         if self.kv_cache_tokens is not None and self.kv_device_bytes is not None:
             raise NanoFlowError(
                 f"kv_cache_tokens is {self.kv_cache_tokens} and kv_device_bytes is "
@@ -179,6 +191,25 @@ class EngineConfig:
             raise NanoFlowError(
                 "enable_prefix_caching is False, but the host and SSD tiers keep prefixes; leave "
                 "out kv_host_bytes and kv_ssd_dir, or enable prefix caching"
+            )
+
+    def _check_parallelism(self) -> None:
+        size = self.tensor_parallel_size
+        if size == 1 and self.expert_parallel:
+            raise NanoFlowError(
+                "expert_parallel is set and tensor_parallel_size is 1, which has all experts on "
+                "one rank; raise tensor_parallel_size, or leave it out"
+            )
+        if size > 1 and self.has_lower_tiers:
+            name = "kv_host_bytes" if self.kv_ssd_dir is None else "kv_ssd_dir"
+            raise NanoFlowError(
+                f"tensor_parallel_size is {size} and {name} is set, but KV of several ranks is "
+                f"kept on their devices alone; leave one of them out"
+            )
+        if size > 1 and self.device.startswith("cuda:"):
+            raise NanoFlowError(
+                f"tensor_parallel_size is {size} and device is {self.device!r}, which is one GPU; "
+                f"set device to cuda, which takes the first {size}"
             )
 
     def _check_service_levels(self) -> None:
@@ -208,6 +239,12 @@ class EngineConfig:
         if self.max_num_batched_tokens is None:
             raise RuntimeError("max_num_batched_tokens is None; call on_device first")
         return self.max_num_batched_tokens
+
+    def shard(self, rank: int = 0) -> Shard:
+        """The part of the model that a rank has."""
+        return Shard(
+            rank, self.tensor_parallel_size, self.expert_parallel, self.tensor_parallel_output
+        )
 
     def on_device(self, kind: str) -> "EngineConfig":
         """The same, with what depends on the device.

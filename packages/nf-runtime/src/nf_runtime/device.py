@@ -21,13 +21,18 @@ _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _CACHED_KERNELS = 128
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, rank: int = 0, num_ranks: int = 1) -> torch.device:
     """The device by its name; `auto` is a GPU where torch finds one, else the CPU.
 
     Also bounds the memory that the CPU's matrix library takes for compiled kernels.
 
+    Args:
+        name: As in a config.
+        rank: Whose device; with several ranks, each has the GPU of its number.
+        num_ranks: How many there are.
+
     Raises:
-        ModelLoadError: It is a GPU, and torch finds none.
+        ModelLoadError: It is a GPU, and torch finds none, or too few for all ranks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +48,15 @@ def pick_device(name: str) -> torch.device:
         raise ModelLoadError(
             f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0"
         )
+    if device.type == "cuda" and num_ranks > 1:
+        count = torch.cuda.device_count()
+        if num_ranks > count:
+            raise ModelLoadError(
+                f"tensor_parallel_size is {num_ranks}, but there are {count} GPUs; set it to "
+                f"{count} or less, or device to cpu"
+            )
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device

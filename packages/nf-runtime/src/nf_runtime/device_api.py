@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -64,6 +65,8 @@ class InlineDevice:
 class _DividedDevice:
     """A device that lanes divide; each division is kept for the plans that ask for it again."""
 
+    _mechanisms: Mapping[Partition, str]  # of `lanes.partition`; the others are its default
+
     def __init__(self, device: torch.device, stream: DeviceStream) -> None:
         self.stream = stream
         self._device = device
@@ -76,7 +79,7 @@ class _DividedDevice:
             return [self.stream]
         key = plan.partition, shares
         if key not in self._divisions:
-            mechanism = "shared" if plan.partition is Partition.SHARED else None
+            mechanism = self._mechanisms.get(plan.partition)
             made = lanes.partition(self._device, shares, mechanism=mechanism)
             for lane, asked in zip(made, plan.lanes, strict=True):
                 exclusive = lane.exclusive or plan.partition is Partition.SHARED
@@ -110,6 +113,8 @@ class _DividedDevice:
 class CpuDevice(_DividedDevice):
     """A CPU whose kernels run on lanes: native threads, without the GIL."""
 
+    _mechanisms = MappingProxyType({Partition.SHARED: "shared"})
+
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), LaneStream(lanes.undivided_cpu()))
 
@@ -125,6 +130,8 @@ class CudaDevice(_DividedDevice):
     Args:
         device: Which.
     """
+
+    _mechanisms = MappingProxyType({Partition.SHARED: "shared", Partition.CAPPED: "capped"})
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, CudaStream(device))

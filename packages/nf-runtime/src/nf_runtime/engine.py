@@ -3,38 +3,37 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from nf_kernels import ops
-from nf_runtime.checkpoint import Checkpoint
+from nf_kernels.collectives import Communicator
+from nf_kernels.cost import Category
+from nf_kvcache.copier import make_copier
 from nf_runtime.chrome_trace import chrome_trace
 from nf_runtime.config import EngineConfig
-from nf_runtime.device import measure_memory, name_device, pick_device, pick_dtype
+from nf_runtime.device import name_device, pick_device
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.errors import ModelLoadError
-from nf_runtime.executor import Executor
 from nf_runtime.graph import LayerGraph
 from nf_runtime.iteration_output import IterationOutput
-from nf_runtime.kv_tiers import make_kv_cache
+from nf_runtime.loaded_model import LoadedModel, load_model
 from nf_runtime.logprobs import RowLogprobs
-from nf_runtime.loop import IterationLoop, LoopStats
-from nf_runtime.memory_plan import plan_memory
+from nf_runtime.loop import IterationLoop, IterationRunner, LoopStats
 from nf_runtime.model_source import find_model
-from nf_runtime.models import decoder_graph, find_family, read_config
+from nf_runtime.models import read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan_store import find_policy
+from nf_runtime.ranks.group import RankGroup
+from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
 from nf_runtime.replay.recorder import Recorder
-from nf_runtime.rope import cos_sin_table
 from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.scheduling import make_scheduler
-from nf_runtime.weights import load_weights, make_weights, pack_weights
 from nf_scheduler import Progress, Request, TokenEvent
 
 _log = logging.getLogger(__name__)
@@ -49,7 +48,9 @@ class _Live:
 
 
 class Engine:
-    """One model on one device, in this process. Not thread-safe.
+    """One model in this process: on one device, or with processes that have further parts of it.
+
+    Not thread-safe.
 
     Args:
         config: How to set it up.
@@ -63,59 +64,53 @@ class Engine:
         self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        phases: dict[str, float] = {}
+        self._group = _start_ranks(config) if config.tensor_parallel_size > 1 else None
+        self._communicator: Communicator | None = None
+        self._live: dict[str, _Live] = {}
+        self._untold: list[TokenOutput] = []  # what came between two steps
+        try:
+            self._start(config)
+        except BaseException:
+            self._end_ranks()
+            raise
+        if self._group is not None:
+            self._group.started()
+
+    def _start(self, config: EngineConfig) -> None:
+        clock, group, phases = self._clock, self._group, {}
         started = clock()
-        path = find_model(config.model)
-        model = read_config(path)
-        device = pick_device(config.device)
-        config = config.on_device(device.type)
-        dtype = pick_dtype(config.dtype, model)
-        family = find_family(model.architecture)
-        if config.load_format == "dummy":
-            weights = make_weights(model, family, dtype=dtype, device=device, seed=config.seed)
-        else:
-            weights = load_weights(model, family, Checkpoint(path), dtype=dtype, device=device)
-        graph = decoder_graph(model)
-        operations = ops.load(device, native=config.native_kernels)
+        loaded = load_model(config, check=(lambda: None) if group is None else group.check)
+        config, model, device = loaded.config, loaded.model, loaded.device
         if config.deterministic:
-            _require_invariance(graph, operations)
-        weights_digest = weights.digest() if config.kv_ssd_dir is not None else ""
-        pack_weights(weights, graph, operations)
+            _require_invariance(loaded.graph, loaded.operations, config.tensor_parallel_size)
+        weight_bytes = loaded.weights.num_bytes
+        if group is not None:
+            weight_bytes += sum(group.collect("loaded"))
         phases["weights"] = clock() - started
 
         started = clock()
-        self.config = config
-        self._model = model
-        self.graph = graph
+        self.config, self._loaded = config, loaded
+        self.graph = loaded.graph
         self._find_policy = partial(
             find_policy,
-            graph=graph,
+            graph=self.graph,
             model=model,
             device=name_device(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(loaded.dtype).removeprefix("torch."),
             plan_dir=config.plan_dir,
+            tensor_parallel_size=config.tensor_parallel_size,
         )
         policy = self._find_policy(config.overlap)
-        plan = plan_memory(
-            config, model, measure_memory(device), dtype, loaded_weight_bytes=weights.num_bytes
-        )
-        if plan.problem is not None:
-            raise ModelLoadError(f"{plan.problem}; {', or '.join(plan.advice)}")
-        for advice in plan.advice:
-            _log.warning("%s", advice)
-        max_model_len, num_pages = plan.max_model_len, plan.num_pages
+        num_pages, max_model_len = _plan_memory(loaded, group)
+        copier = None
+        if group is not None:
+            self._communicator = group.connect(
+                device, num_pages=num_pages, max_model_len=max_model_len
+            )
+            copier = GroupCopier(make_copier(device), group)
         recorder = None if config.replay_log_dir is None else Recorder(config, clock=clock)
         self._recorder = recorder
-        self.kv_cache = make_kv_cache(
-            config,
-            model,
-            num_pages,
-            dtype=dtype,
-            device=device,
-            weights_digest=weights_digest,
-            numerics=operations.name + (" deterministic" if config.deterministic else ""),
-            recorder=recorder,
-        )
+        self.kv_cache = loaded.make_kv_cache(num_pages, recorder=recorder, copier=copier)
         self.scheduler = make_scheduler(
             config,
             self.kv_cache,
@@ -126,48 +121,45 @@ class Engine:
         phases["kv_cache"] = clock() - started
 
         started = clock()
-        self.executor = Executor(
-            graph,
-            weights,
-            self.kv_cache.layers,
-            operations,
-            Sampler(
-                operations,
-                vocab_size=model.vocab_size,
-                max_requests=config.max_num_seqs,
-                device=device,
-            ),
-            cos_sin=cos_sin_table(model, max_model_len).to(device),
-            page_size=config.page_size,
-            max_tokens=config.batch_tokens,
+        self.sampler = Sampler(
+            loaded.operations,
+            vocab_size=model.vocab_size,
             max_requests=config.max_num_seqs,
+            device=device,
+        )
+        self.executor = loaded.make_executor(
+            self.kv_cache.layers,
+            self.sampler,
+            max_model_len,
+            communicator=self._communicator,
             policy=policy,
-            asynchronous=config.async_scheduling,
-            programs=config.native_programs,
             timeline_every=config.timeline_every,
         )
+        runner: IterationRunner = self.executor
+        if group is not None:
+            self.executor.before_launch = group.launch
+            runner = GroupRunner(self.executor, group)
+            group.collect("ready")
         phases["compile"] = clock() - started
 
         started = clock()
         lag = 1 if config.async_scheduling else 0
-        parts = self.scheduler, self.kv_cache, self.executor
+        parts = self.scheduler, self.kv_cache, runner
         if recorder is None:
             self.loop = IterationLoop(*parts, lag=lag, clock=clock)
         else:
             recorder.begin(config, self.kv_cache, max_model_len)
             self.loop = RecordedLoop(recorder, *parts, lag=lag)
-        self._live: dict[str, _Live] = {}
-        self._untold: list[TokenOutput] = []  # what came between two steps
         self.info = EngineInfo(
             model=config.model,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(device),
             vocab_size=model.vocab_size,
             max_model_len=max_model_len,
             num_pages=num_pages,
             page_size=config.page_size,
             eos_token_ids=model.eos_token_ids,
-            weight_bytes=weights.num_bytes,
+            weight_bytes=weight_bytes,
             startup_seconds=phases,
         )
         self._warm_up()
@@ -243,7 +235,7 @@ class Engine:
                 fork_of=request.fork_of,
             )
         )
-        self.executor.sampler.add(
+        self.sampler.add(
             request.request_id, RequestSampling(params, request.seed, prompt, stop_ids)
         )
         self._live[request.request_id] = _Live(wants_prompt_logprobs)
@@ -261,12 +253,14 @@ class Engine:
 
     def node_costs(self) -> NodeCosts:
         """What nano-operations ask of the device."""
+        model, shard = self._loaded.model, self._loaded.shard
         return NodeCosts(
             self.graph,
-            head_dim=self._model.head_dim,
-            element_bytes=getattr(torch, self.info.dtype).itemsize,
-            experts=self._model.experts,
-            expert_features=self._model.expert_intermediate_size,
+            head_dim=model.head_dim,
+            element_bytes=self._loaded.dtype.itemsize,
+            experts=len(shard.experts(model)),
+            expert_features=len(shard.expert_inner(model)),
+            ranks=shard.size,
         )
 
     def timeline(self) -> dict[str, Any]:
@@ -316,7 +310,22 @@ class Engine:
         if self._recorder is not None:
             self._recorder.close()
         self.executor.close()
+        self._end_ranks()
         self.kv_cache.close()
+
+    def _end_ranks(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        if self._communicator is not None:
+            self._communicator.close()
+
+    def watch_ranks(self, watcher: Callable[[str], None]) -> None:
+        """Have a function called, on another thread, with the reason, when another rank ends.
+
+        The engine can do nothing any more then, and says so when it is asked to.
+        """
+        if self._group is not None:
+            self._group.watch(watcher)
 
     def _outputs(self, progress: Progress, output: IterationOutput | None) -> list[TokenOutput]:
         """What requests gained, and what the iteration says of it."""
@@ -344,7 +353,7 @@ class Engine:
             live.wants_prompt_logprobs = False
         if event.end is not None:
             del self._live[event.request_id]
-            self.executor.sampler.remove(event.request_id)
+            self.sampler.remove(event.request_id)
         return output
 
     def _warm_up(self) -> None:
@@ -357,12 +366,49 @@ class Engine:
         self.loop.stats = LoopStats()
 
 
-def _require_invariance(graph: LayerGraph, operations: ops.OperationSet) -> None:
+def _start_ranks(config: EngineConfig) -> RankGroup:
+    """Start the other ranks, once it is clear that the model can be divided between them."""
+    config.shard().check(read_config(find_model(config.model)))
+    return RankGroup(config, pick_device(config.device, 0, config.tensor_parallel_size).type)
+
+
+def _plan_memory(loaded: LoadedModel, group: RankGroup | None) -> tuple[int, int]:
+    """Pages of KV and the greatest length, for which every rank has the room.
+
+    Raises:
+        ModelLoadError: A rank has too little.
+    """
+    if group is not None:
+        group.tell({"size": True})
+    own = asdict(loaded.plan_memory())
+    plans = [own] if group is None else [own, *group.collect("sized")]
+    for rank, plan in enumerate(plans):
+        if plan["problem"] is not None:
+            where = f"rank {rank} of {len(plans)}: " if rank else ""
+            raise ModelLoadError(f"{where}{plan['problem']}; {', or '.join(plan['advice'])}")
+    smallest = min(plans, key=lambda plan: int(plan["num_pages"]))
+    for advice in smallest["advice"]:
+        _log.warning("%s", advice)
+    return smallest["num_pages"], smallest["max_model_len"]
+
+
+def _require_invariance(graph: LayerGraph, operations: ops.OperationSet, ranks: int) -> None:
     """Refuse operations whose rows depend on what else is in the batch."""
     parts = (graph.prologue, *graph.layers, graph.epilogue)
-    needed = {"sample"} | {operation.kind for part in parts for operation in part}
+    needed = {"sample"} | {
+        operation.kind
+        for part in parts
+        for operation in part
+        if operation.category is not Category.NETWORK
+    }
     if varying := sorted(needed - operations.invariant):
         raise ModelLoadError(
             f"deterministic is set, but the {operations.name} operations {', '.join(varying)} "
             f"depend on what else is in the batch; use the native kernels of a CPU, or leave it off"
+        )
+    if ranks > 2:  # the order of addition depends on the place in the tensor (`Communicator`)
+        raise ModelLoadError(
+            f"deterministic is set and tensor_parallel_size is {ranks}, but sums over more than 2 "
+            f"ranks depend on what else is in the batch; set it to 2 or 1, or leave deterministic "
+            f"off"
         )

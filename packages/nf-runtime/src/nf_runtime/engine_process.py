@@ -21,7 +21,7 @@ from typing import Any
 
 from nf_runtime.config import EngineConfig
 from nf_runtime.engine_types import EngineStats, TokenOutput
-from nf_runtime.errors import NanoFlowError
+from nf_runtime.errors import EngineDeadError, NanoFlowError
 from nf_runtime.messages import HEADER, output_to_json, pack, request_from_json, stats_to_json
 from nf_scheduler import QueueFull
 
@@ -60,6 +60,8 @@ class EngineProcess:
 
         imported = time.monotonic() - started
         engine = Engine(config)
+        # Also while there is nothing to do.
+        engine.watch_ranks(lambda reason: self._commands.put({"rank_ended": reason}))
         info = asdict(engine.info)
         info["startup_seconds"] = {"import": imported} | info["startup_seconds"]
         # What is loaded stays: looking through it at every collection would stop the loop.
@@ -74,6 +76,8 @@ class EngineProcess:
                     self._add(engine, command["add"])
                 elif "abort" in command:
                     engine.abort(command["abort"])
+                elif "rank_ended" in command:
+                    raise EngineDeadError(command["rank_ended"])
                 elif "ask" in command:
                     self._answer(engine, command["ask"])
                 else:

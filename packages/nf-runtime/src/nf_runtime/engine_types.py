@@ -25,7 +25,7 @@ class EngineInfo:
         num_pages: Pages of the KV cache.
         page_size: Token slots of a page.
         eos_token_ids: End-of-sequence tokens.
-        weight_bytes: Of all weights.
+        weight_bytes: Of all weights, on all ranks.
         startup_seconds: Duration of each phase of starting.
     """
 

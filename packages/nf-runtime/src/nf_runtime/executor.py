@@ -1,14 +1,17 @@
 """Runs a batch: stages its arrays, runs its plan over the layer graph, samples."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nf_kernels.collectives import Communicator
+from nf_kernels.cost import Category
 from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
 from nf_runtime.activations import Activations
@@ -17,16 +20,17 @@ from nf_runtime.device_api import CpuDevice, make_device_api
 from nf_runtime.device_stream import Moment
 from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
+from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.node_times import NodeTimes
 from nf_runtime.pipeline.division import Division, divide
-from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan
+from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan, PlanError
 from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
 from nf_runtime.pipeline.schedule import Schedule
 from nf_runtime.pipeline.schedules import Schedules
 from nf_runtime.pipeline.workspace import plan_workspace
 from nf_runtime.program_runner import ProgramRunner
 from nf_runtime.row_logprobs import PendingLogprobs, to_host
-from nf_runtime.sampler import Sampler, SamplingPlan
+from nf_runtime.sampler import SamplingPlan, TokenSampler
 from nf_runtime.staged_batch import StagedBatch, stage
 from nf_runtime.staging import StagingRing
 from nf_runtime.stream_runner import LayerHook, StreamRunner
@@ -90,6 +94,8 @@ class Executor:
         before_layer: Hooks called before each layer; as long as there are hooks, iterations run
             sequentially.
         after_layer: Hooks called after each layer.
+        before_launch: Told of each iteration before it starts: its batch, page tables, prompt rows
+            whose logits are wanted, and plan. Other ranks are told by it.
         sampler: Chooses tokens; requests announce their parameters to it.
         timeline: What ran when, of some iterations.
         workspace: Where edges are.
@@ -102,7 +108,7 @@ class Executor:
         weights: ModelWeights,
         kv_layers: list[tuple[Tensor, Tensor]],
         operations: OperationSet,
-        sampler: Sampler,
+        sampler: TokenSampler,
         *,
         cos_sin: Tensor,
         page_size: int,
@@ -110,7 +116,7 @@ class Executor:
         max_requests: int,
         policy: OverlapPolicy | None = None,
         asynchronous: bool = False,
-        collectives: Mapping[str, Callable[..., None]] | None = None,
+        communicator: Communicator | None = None,
         programs: bool = True,
         timeline_every: int = 0,
     ) -> None:
@@ -128,7 +134,7 @@ class Executor:
             max_requests: Requests of one iteration, and number of slots.
             policy: Chooses plans; by default the sequential one for all.
             asynchronous: Whether an iteration may be launched while another one is in flight.
-            collectives: Implementation of the graph's collectives, by kind.
+            communicator: Of the ranks that run the same batches; None for one alone.
             programs: Whether native operations of a CPU are recorded once and run without Python;
                 False gives them to one lane from Python, one by one: the slow twin.
             timeline_every: One of so many iterations has its times noted; 0: none.
@@ -138,6 +144,7 @@ class Executor:
         """
         self.before_layer: list[LayerHook] = []
         self.after_layer: list[LayerHook] = []
+        self.before_launch: Callable[[Batch, np.ndarray, np.ndarray, Plan], None] | None = None
         self.sampler = sampler
         self.timeline = Timeline(every=timeline_every)
         self._device = cos_sin.device
@@ -153,6 +160,7 @@ class Executor:
             max_tokens=max_tokens,
             max_selected=max_requests,
         )
+        self._collectives = NetworkOperations(communicator) if communicator is not None else {}
         self._bound = BoundGraph(
             graph,
             weights,
@@ -160,7 +168,7 @@ class Executor:
             operations,
             self._activations,
             cos_sin=cos_sin,
-            collectives=collectives or {},
+            collectives=self._collectives,
             max_tokens=max_tokens,
         )
         self._schedules = Schedules(graph, self.workspace)
@@ -208,12 +216,26 @@ class Executor:
         prefills = np.array([len(plan.nano_batches) * 8])
         division = divide(plan.nano_batches, int(prefills[0]), prefills, selected=1)
         schedule = self._schedules.get(plan, division.structure, notices=False)
+        networked = set()
         for number in range(len(schedule.nodes)):
             node = schedule.node(number)
             self._bound.function(node.operation, node.implementation)
+            is_in_layer = 0 <= node.layer < len(schedule.graph.layers)
+            if is_in_layer and node.operation.category is Category.NETWORK:
+                networked.add(plan.lane_names[node.lane])
+        if len(networked) > 1:  # in which order they come there, each rank would find out alone
+            raise PlanError(
+                f"plan {plan.name!r} has collectives on the lanes {', '.join(sorted(networked))}; "
+                f"expected one lane, on which all ranks do them in the same order"
+            )
 
     def launch(
-        self, batch: Batch, page_tables: np.ndarray, offload: IterationOffload | None = None
+        self,
+        batch: Batch,
+        page_tables: np.ndarray,
+        offload: IterationOffload | None = None,
+        *,
+        choice: Choice | None = None,
     ) -> None:
         """Start one iteration, after those that were launched before.
 
@@ -221,8 +243,9 @@ class Executor:
             batch: What to run.
             page_tables: int32 [requests, pages], pages of each request in order.
             offload: Told when K and V of a layer are about to be written, and when they were.
+            choice: The plan to run it by; by default what the policy chooses.
         """
-        choice = self._choose(batch)
+        choice = choice or self._choose(batch)
         self._launch(batch, page_tables, offload, choice, timed=self.timeline.count(choice))
 
     def trace(self, batch: Batch, page_tables: np.ndarray, choice: Choice) -> IterationTrace:
@@ -244,7 +267,7 @@ class Executor:
         if launched.trace is None:
             raise RuntimeError("the iteration was not timed")
         trace, times = launched.trace
-        trace.times = times.read()
+        trace.start_ns, trace.times = times.read()
         return trace
 
     def measure(self, measurement: Callable[..., _Result]) -> _Result:
@@ -265,6 +288,8 @@ class Executor:
     ) -> None:
         """Start one iteration by a plan."""
         sampling = self.sampler.plan(batch)
+        if self.before_launch is not None:
+            self.before_launch(batch, page_tables, sampling.prompt_rows, choice.plan)
         num_selected = len(sampling.slots) + len(sampling.prompt_rows)
         division = _divide(batch, choice.plan, num_selected)
         schedule = self._schedules.get(choice.plan, division.structure, notices=offload is not None)
@@ -289,6 +314,10 @@ class Executor:
         self._ring.release(uploaded or launched.done)
         self._launched.append(launched)
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Have a function called on the device, behind what was launched."""
+        self._api.stream.call(function)
+
     def poll(self) -> IterationOutput:
         """Result of the oldest iteration that was launched and not polled; waits for it.
 
@@ -302,7 +331,8 @@ class Executor:
         output = launched.collect()
         if launched.trace is not None:
             trace, times = launched.trace
-            self.timeline.add(trace, times.read())
+            trace.start_ns, trace.times = times.read()
+            self.timeline.add(trace)
         return output
 
     def drain(self) -> None:
@@ -367,6 +397,8 @@ class Executor:
         logits = self._activations.rows("logits", 0, staged.num_selected)
         if num_sampled:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
+            if self._collectives:  # zero on all ranks but the one that samples
+                stream.call(partial(self._collectives["all_reduce"], x=sampled, out=sampled))
             self._operations["keep_sampled"](
                 sampled=sampled,
                 slots=buffer.on_device("sample_slots"),

@@ -74,7 +74,8 @@ class Operation:
 
     Attributes:
         name: Unique within its layer.
-        kind: Name of the operation in `nf_kernels.ops`.
+        kind: Name of the operation in `nf_kernels.ops`, or of a collective that
+            `nf_runtime.network_operations` does.
         reads: Edges it reads.
         writes: Edges it writes; an edge may be in both.
         weights: Weights of the layer (or of the model, outside the layers).

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nf_kvcache import KVCache, KVLayout
+from nf_kvcache.copier import Copier
 from nf_kvcache.disk import CacheInUse, DiskTier
 from nf_kvcache.fingerprint import Fingerprint
 from nf_runtime.config import EngineConfig
@@ -38,18 +39,20 @@ def make_kv_cache(
     weights_digest: str,
     numerics: str,
     recorder: Recorder | None = None,
+    copier: Copier | None = None,
 ) -> KVCache:
     """The KV cache of one rank.
 
     Args:
         config: Which tiers there are, and how large.
-        model: Whose KV.
+        model: Whose KV, with the KV heads of the rank.
         num_pages: Of the device.
         dtype: Of the KV.
         device: Where the model runs.
         weights_digest: Tells the weights from others; only looked at for an SSD tier.
         numerics: What besides decides the last bits of the KV; only looked at for an SSD tier.
         recorder: Writes down what decides the decisions of the cache.
+        copier: Copies pages; by default that of the device.
 
     Raises:
         ModelLoadError: A tier cannot be had.
@@ -65,7 +68,7 @@ def make_kv_cache(
     if config.kv_ssd_dir is not None:
         fingerprint = _fingerprint(model, layout, weights_digest, numerics)
         disk = _open_disk(config.kv_ssd_dir, config.kv_ssd_max_bytes, layout, fingerprint)
-    options: dict[str, Any] = {"disk": disk}
+    options: dict[str, Any] = {"disk": disk, "copier": copier}
     if recorder is not None:
         options["disk"] = None if disk is None else recorder.disk(disk)
         options |= {"watch": recorder.watch, "clock": recorder.clock}

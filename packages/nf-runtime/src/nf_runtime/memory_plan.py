@@ -2,10 +2,11 @@
 
 The rule: what the weights and the largest iteration leave of the memory that is free, less a
 reserve, is for KV. On a CPU, whose memory belongs to others as well, it is a share of all memory at
-most, unless a size was given.
+most, unless a size was given. Of several ranks each has a plan of its own; those on a CPU have
+equal parts of its memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -14,9 +15,11 @@ from nf_kvcache import KVLayout
 from nf_runtime.config import EngineConfig
 from nf_runtime.device import DeviceMemory
 from nf_runtime.errors import ModelLoadError
+from nf_runtime.graph import ElementType, LayerGraph, Rows
 from nf_runtime.kv_tiers import host_tier_bytes
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import decoder_graph, find_family, layer_weights, model_weights
+from nf_runtime.parallelism import WHOLE, Shard
 from nf_runtime.pipeline.workspace import plan_workspace
 
 # Of all memory of a CPU: what KV takes when nobody says how much, and what then stays for others.
@@ -41,8 +44,9 @@ class MemoryPlan:
     Attributes:
         device: Name of the device.
         total_bytes: Its memory.
-        free_bytes: What of it can be had.
-        weight_bytes: Weights; if they are loaded already, `free_bytes` is what they left.
+        free_bytes: What of it can be had, by each rank.
+        weight_bytes: Weights of the rank; if they are loaded already, `free_bytes` is what they
+            left.
         weights_loaded: Whether they are.
         workspace_bytes: Activations, tables and temporaries of the largest iteration.
         host_tier_bytes: Of the host tier, where that is in the same memory; else 0.
@@ -102,6 +106,7 @@ def plan_memory(
     dtype: torch.dtype,
     *,
     loaded_weight_bytes: int | None = None,
+    rank: int = 0,
 ) -> MemoryPlan:
     """Divide the memory of a device.
 
@@ -110,12 +115,23 @@ def plan_memory(
         model: What is to run.
         memory: Of the device, as it is now, or as somebody says.
         dtype: Of weights, activations and KV.
-        loaded_weight_bytes: Weights that are in that memory by now; None before they are loaded.
+        loaded_weight_bytes: Weights of the rank that are in that memory by now; None before they
+            are loaded.
+        rank: Whose plan it is.
 
     Raises:
-        ModelLoadError: max_model_len is more than the model was made for.
+        ModelLoadError: max_model_len is more than the model was made for, or the model cannot be
+            divided between so many ranks.
     """
     config = config.on_device(memory.kind)
+    shard = config.shard(rank)
+    local = shard.local(model)
+    if memory.kind == "cpu":
+        memory = replace(
+            memory,
+            total_bytes=memory.total_bytes // shard.size,
+            free_bytes=memory.free_bytes // shard.size,
+        )
     wanted_len = config.max_model_len or model.max_position
     if wanted_len > model.max_position:
         raise ModelLoadError(
@@ -123,11 +139,13 @@ def plan_memory(
         )
     page_size = config.page_size
     layout = KVLayout(
-        model.num_layers, model.num_kv_heads, model.head_dim, dtype, page_size=page_size
+        local.num_layers, local.num_kv_heads, local.head_dim, dtype, page_size=page_size
     )
     page_bytes = layout.bytes_per_page
     is_loaded = loaded_weight_bytes is not None
-    weights = loaded_weight_bytes if loaded_weight_bytes is not None else weight_bytes(model, dtype)
+    weights = loaded_weight_bytes
+    if weights is None:
+        weights = weight_bytes(model, dtype, shard)
     workspace = workspace_bytes(config, model, dtype, memory.kind, wanted_len)
     host_tier = host_tier_bytes(config) if memory.kind == "cpu" else 0
     reserve = int(memory.total_bytes * (_CPU_RESERVE if memory.kind == "cpu" else _GPU_RESERVE))
@@ -166,12 +184,12 @@ def plan_memory(
     )
 
 
-def weight_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights of a model, as they are before an operation set packs them."""
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE) -> int:
+    """Bytes of all weights of a rank, as they are before an operation set packs them."""
     family = find_family(model.architecture)
-    specs = [*model_weights(model)]
+    specs = [*model_weights(model, shard)]
     for layer in range(model.num_layers):
-        specs += layer_weights(model, family, layer)
+        specs += layer_weights(model, family, layer, shard)
     return sum(prod(spec.shape) for spec in specs) * dtype.itemsize
 
 
@@ -187,14 +205,29 @@ def workspace_bytes(
         kind: Of device: `cpu` or `cuda`.
         max_len: Of the longest sequence, in tokens.
     """
-    workspace = plan_workspace(decoder_graph(model), dtype.itemsize)
+    shard = config.shard()
+    graph = decoder_graph(model, shard)
+    workspace = plan_workspace(graph, dtype.itemsize)
     total = workspace.num_bytes(tokens=config.batch_tokens, selected=config.max_num_seqs)
+    total += _gathered_bytes(config, graph, dtype)
     total += max_len * model.head_dim * 4  # the table of RoPE
     total += config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES[kind]
     if model.sparse_layers:  # x, gate and up, activated, and the result of every chosen expert
-        per_row = 2 * model.hidden_size + 3 * model.expert_intermediate_size
+        per_row = 2 * model.hidden_size + 3 * len(shard.expert_inner(model))
         total += config.batch_tokens * model.experts_per_token * per_row * 4
     return total + (_GPU_LIBRARY_BYTES if kind == "cuda" else 0)
+
+
+def _gathered_bytes(config: EngineConfig, graph: LayerGraph, dtype: torch.dtype) -> int:
+    """What the largest all-gather needs: rows lie rank by rank before they are put in place."""
+    largest = 0
+    for operation in (operation for part in graph.parts for operation in part):
+        if operation.kind == "all_gather":
+            edge = graph.edges[operation.reads["x"]]
+            rows = config.max_num_seqs if operation.rows is Rows.SELECTED else config.batch_tokens
+            element = 4 if edge.element is ElementType.FLOAT32 else dtype.itemsize
+            largest = max(largest, rows * edge.width * element)
+    return config.tensor_parallel_size * largest
 
 
 def format_bytes(count: int) -> str:

@@ -20,14 +20,20 @@ class NodeTimes:
     def __init__(self, read: Callable[[], np.ndarray]) -> None:
         self._read = read
 
-    def read(self) -> np.ndarray:
-        """int64 [N, 2], start and end in ns since the first start; -1 for what did not run."""
+    def read(self) -> tuple[int, np.ndarray]:
+        """When the first one started, and all times since then.
+
+        Returns:
+            ns of the clock, and int64 [N, 2], start and end in ns; -1 for what did not run.
+        """
         times = self._read()
         ran = times[:, 1] > 0
         result = np.full(times.shape, -1, dtype=np.int64)
-        if ran.any():
-            result[ran] = times[ran] - times[ran, 0].min()
-        return result
+        if not ran.any():
+            return 0, result
+        origin = times[ran, 0].min()
+        result[ran] = times[ran] - origin
+        return int(origin), result
 
     @classmethod
     def of_moments(cls, count: int, spans: Sequence[tuple[int, Moment, Moment]]) -> NodeTimes:

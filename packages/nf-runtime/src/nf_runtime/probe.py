@@ -144,7 +144,7 @@ class Probe:
     def close(self) -> None:
         """Forget the made-up requests."""
         for name in self._names:
-            self._executor.sampler.remove(name)
+            self._engine.sampler.remove(name)
         self._names.clear()
 
     def _make(self, load: Load) -> tuple[Batch, np.ndarray]:
@@ -173,7 +173,7 @@ class Probe:
             name = f"probe-{len(self._names)}"
             nothing = np.zeros(0, dtype=np.int32)
             params = SamplingParams(temperature=0.0)
-            self._executor.sampler.add(name, RequestSampling(params, 0, nothing, frozenset()))
+            self._engine.sampler.add(name, RequestSampling(params, 0, nothing, frozenset()))
             self._names.append(name)
         starts = np.concatenate(([0], np.cumsum(new))).astype(np.int32)
         tables = np.zeros((requests, int(pages.max())), dtype=np.int32)

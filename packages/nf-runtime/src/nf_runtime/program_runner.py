@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nf_kernels.cost import Category
 from nf_kernels.lanes import CpuLane, CpuProgram, CpuSchedule, NotRecordable
 from nf_kvcache import IterationOffload
 from nf_runtime.bound_graph import BoundGraph
@@ -40,10 +41,12 @@ class _Prepared(NamedTuple):
         native: It, in the program.
         ranges: For each span: token range, first nano-batch and the one behind the last; the first
             span is that of what has no rows of its own.
+        called: Numbers of the nano-operations that are called from Python.
     """
 
     native: CpuSchedule
     ranges: list[tuple[Rows, int, int]]
+    called: list[int]
 
 
 class ProgramRunner:
@@ -74,6 +77,7 @@ class ProgramRunner:
         for placeholder in self._placeholders.values():
             self._program.input(placeholder)
         self._blocks: dict[_Key, int] = {}
+        self._called: set[int] = set()  # blocks that are called from Python
         self._prepared: OrderedDict[int, tuple[Schedule, _Prepared]] = OrderedDict()
 
     def run(
@@ -104,18 +108,41 @@ class ProgramRunner:
                 low, high = staged.division.requests(rows, first, end)
                 spans[number, 2:] = low, high - low
         lanes = [_lane(stream) for stream in streams]
+        views = self._views(schedule, prepared, staged)
         run = prepared.native.run(
             lanes,
             spans,
             staged.arrays(),
-            on_call=self._caller(schedule, staged, streams[0], offload),
+            on_call=self._caller(schedule, views, streams[0], offload),
         )
         return NodeTimes(run.times)
+
+    def _views(
+        self, schedule: Schedule, prepared: _Prepared, staged: StagedBatch
+    ) -> dict[int, dict[str, Tensor]]:
+        """The arguments of this iteration, for what is called: edges may move before its turn."""
+        known: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+        found = {}
+        for number in prepared.called:
+            node = schedule.node(number)
+            part, index = schedule.nodes[number, :2].tolist()
+            # Layers that are alike share their views.
+            key = (schedule.signature(part, index), node.first, node.end)
+            if key not in known:
+                rows = node.operation.rows
+                known[key] = self._bound.views(
+                    node.operation,
+                    staged.row_range(rows, node.first, node.end),
+                    staged.division.requests(rows, node.first, node.end),
+                    staged,
+                )
+            found[number] = known[key]
+        return found
 
     def _caller(
         self,
         schedule: Schedule,
-        staged: StagedBatch,
+        views: dict[int, dict[str, Tensor]],
         stream: DeviceStream,
         offload: IterationOffload | None,
     ) -> Callable[[int], None]:
@@ -131,12 +158,10 @@ class ProgramRunner:
                     tell(node.layer)
                 return
             part, index = schedule.nodes[number, :2].tolist()
-            rows = staged.row_range(operation.rows, node.first, node.end)
-            requests = staged.division.requests(operation.rows, node.first, node.end)
             function = self._bound.function(operation, node.implementation)
             function(
                 **self._bound.at(part, index).fixed,
-                **self._bound.views(operation, rows, requests, staged),
+                **views[number],
                 **self._bound.scratch(operation, node.lane),
             )
 
@@ -167,7 +192,12 @@ class ProgramRunner:
             range_of_node = operation.rows, node.first, node.end
             spans[number] = ranges.setdefault(range_of_node, len(ranges) + 1)
         native = self._program.schedule(schedule.commands, blocks, spans)
-        prepared = _Prepared(native, list(ranges))
+        called = [
+            number
+            for number in range(len(blocks))
+            if int(blocks[number]) in self._called and schedule.nodes[number, 1] >= 0
+        ]
+        prepared = _Prepared(native, list(ranges), called)
         self._prepared[key] = schedule, prepared
         if len(self._prepared) > _MOST:
             self._prepared.popitem(last=False)
@@ -180,8 +210,8 @@ class ProgramRunner:
         return self._blocks[key]
 
     def _record(self, key: _Key, operation: Operation) -> int:
-        if key.place < 0:
-            return self._program.call(_never)
+        if key.place < 0 or operation.category is Category.NETWORK:
+            return self._record_call()
         function = self._bound.function(operation, key.implementation)
         arguments: dict[str, Any] = {
             **self._bound.at(key.part, key.place).fixed,
@@ -196,7 +226,13 @@ class ProgramRunner:
         try:
             return self._program.record(function, **_fitted(operation, arguments))
         except NotRecordable:
-            return self._program.call(_never)
+            return self._record_call()
+
+    def _record_call(self) -> int:
+        """A block that is called from Python."""
+        block = self._program.call(_never)
+        self._called.add(block)
+        return block
 
 
 def _never(number: int) -> None:

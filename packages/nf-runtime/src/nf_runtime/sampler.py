@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -75,6 +76,23 @@ class SamplingPlan:
     special: list[tuple[int, RequestSampling, str, int]]
     prompt_spans: list[_PromptSpan]
     prompt_rows: np.ndarray
+
+
+class TokenSampler(Protocol):
+    """What chooses tokens for an executor. `Sampler` is one."""
+
+    def plan(self, batch: Batch) -> SamplingPlan:
+        """As `Sampler.plan`."""
+
+    def sample(
+        self, logits: Tensor, plan: SamplingPlan, staged: StagingBuffer, stream: DeviceStream
+    ) -> tuple[Tensor, PendingLogprobs | None]:
+        """As `Sampler.sample`."""
+
+    def prompt_logprobs(
+        self, plan: SamplingPlan, logits: Tensor, stream: DeviceStream
+    ) -> list[tuple[int, PendingLogprobs]]:
+        """As `Sampler.prompt_logprobs`."""
 
 
 class Sampler:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nf_kernels.cost import Category
 from nf_kvcache import IterationOffload
 from nf_runtime.bound_graph import BoundGraph
 from nf_runtime.device_stream import DeviceStream, Moment
@@ -116,6 +117,9 @@ class StreamRunner:
             views[key] = self._bound.views(operation, rows, requests, staged)
         fixed: Mapping[str, Any] = self._bound.at(part, index).fixed
         function = self._bound.function(operation, node.implementation)
+        if operation.category is Category.NETWORK:
+            stream.call(partial(function, **fixed, **views[key]))
+            return
         with stream:
             function(**fixed, **views[key], **self._bound.scratch(operation, node.lane))
 

@@ -32,6 +32,8 @@ class IterationTrace:
         reason: Why it ran by its plan.
         schedule: Of its plan.
         division: How its batch was cut.
+        start_ns: When its first nano-operation started, by a clock that is the same for all
+            iterations where operations run as programs.
         times: int64 [N, 2], start and end of every nano-operation, in ns since the first started;
             -1 for what had no rows.
     """
@@ -43,6 +45,7 @@ class IterationTrace:
     reason: Reason
     schedule: Schedule
     division: Division
+    start_ns: int = 0
     times: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
 
     @classmethod
@@ -165,9 +168,8 @@ class Timeline:
         self._since = 0
         return True
 
-    def add(self, trace: IterationTrace, times: np.ndarray) -> None:
+    def add(self, trace: IterationTrace) -> None:
         """Keep an iteration that was timed."""
-        trace.times = times
         self._traces.append(trace)
         name = trace.schedule.plan.name
         self.gain.add(name, trace.reason, trace.tokens, trace.decodes, trace.wall_ns)

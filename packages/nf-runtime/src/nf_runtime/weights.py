@@ -1,7 +1,7 @@
 """The weights of a model, in the shapes that its operations take."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +10,18 @@ from tqdm import tqdm
 
 from nf_kernels.ops import OperationSet
 from nf_kvcache.weights_digest import weights_digest
-from nf_runtime.checkpoint import Checkpoint
+from nf_runtime.checkpoint import Checkpoint, Piece
 from nf_runtime.graph import LayerGraph, Operation
 from nf_runtime.model_config import ModelConfig
-from nf_runtime.models import Family, WeightSpec, layer_weights, model_weights
+from nf_runtime.models import Family, Source, WeightSpec, layer_weights, model_weights
+from nf_runtime.parallelism import WHOLE, Shard
 
 _log = logging.getLogger(__name__)
 
 # Tables that old checkpoints carry and that follow from the config.
 _DERIVED_SUFFIX = "rotary_emb.inv_freq"
+
+Specs = tuple[WeightSpec, ...]
 
 # Parameters of operations that take a weight as the operation set has packed it.
 _PACKED = {"linear": ("weight",), "moe_experts": ("gate_up", "down")}
@@ -56,27 +59,32 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    shard: Shard = WHOLE,
+    check: Callable[[], None] = lambda: None,
 ) -> ModelWeights:
-    """Read the weights from a checkpoint, with a progress bar on a terminal.
+    """Read the weights of a rank from a checkpoint, with a progress bar on a terminal.
+
+    The first rank speaks for all: the others have no bar, and do not warn of what nobody uses. What
+    `check` raises, which is called before each layer, ends the loading.
 
     Raises:
         ModelLoadError: A tensor is missing or has another shape than config.json says.
     """
     used: set[str] = set()
 
-    def load(specs: tuple[WeightSpec, ...]) -> dict[str, Tensor]:
+    def load(specs: Specs, whole: Specs) -> dict[str, Tensor]:
         loaded: dict[str, Tensor] = {}
-        targets: dict[str, Tensor] = {}
+        pieces: list[Piece] = []
         for spec in specs:
             loaded[spec.name] = torch.empty(spec.shape, dtype=dtype, device=device)
-            targets.update(_split(loaded[spec.name], spec))
-        checkpoint.copy(targets)
-        used.update(targets)
+            pieces += _pieces(spec, loaded[spec.name])
+        checkpoint.copy(pieces)
+        used.update(source.name for spec in whole for source in spec.sources)
         return loaded
 
-    weights = _load_groups(config, family, load)
+    weights = _load_groups(config, family, shard, load, check)
     unused = sorted(n for n in checkpoint.files if n not in used and _is_expected(n, config))
-    if unused:
+    if unused and shard.rank == 0:
         _log.warning(
             "the checkpoint has %d tensors that the model does not use: %s",
             len(unused),
@@ -86,22 +94,44 @@ def load_weights(
 
 
 def make_weights(
-    config: ModelConfig, family: Family, *, dtype: torch.dtype, device: torch.device, seed: int
+    config: ModelConfig,
+    family: Family,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    shard: Shard = WHOLE,
+    check: Callable[[], None] = lambda: None,
 ) -> ModelWeights:
-    """Random weights (normal, standard deviation 0.02; norms are one), the same for one seed."""
+    """Random weights (normal, standard deviation 0.02; norms are one), the same for one seed.
+
+    Every rank makes all of them, a layer at a time, and keeps its part. `check` is that of
+    `load_weights`.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
-    def make(specs: tuple[WeightSpec, ...]) -> dict[str, Tensor]:
-        made = {}
-        for spec in specs:
+    def make(specs: Specs, whole: Specs) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        sources: dict[str, Tensor] = {}
+        for spec in whole:
             tensor = torch.empty(spec.shape, dtype=dtype, device=device)
             is_norm = spec.name.endswith("norm")
             made[spec.name] = (
                 tensor.fill_(1.0) if is_norm else tensor.normal_(0.0, 0.02, generator=generator)
             )
-        return made
+            sources |= {source.name: part for source, part in _split(spec, tensor)}
+        if shard.size == 1:
+            return made
+        kept = {}
+        for spec in specs:
+            kept[spec.name] = torch.empty(spec.shape, dtype=dtype, device=device)
+            for source, part in _split(spec, kept[spec.name]):
+                rows = sources[source.name][source.rows.start : source.rows.stop]
+                columns = _columns(source)
+                part.copy_(rows if columns is None else rows[:, columns])
+        return kept
 
-    return _load_groups(config, family, make)
+    return _load_groups(config, family, shard, make, check)
 
 
 def pack_weights(weights: ModelWeights, graph: LayerGraph, operations: OperationSet) -> None:
@@ -122,22 +152,49 @@ def _pack_group(
 def _load_groups(
     config: ModelConfig,
     family: Family,
-    load: Callable[[tuple[WeightSpec, ...]], dict[str, Tensor]],
+    shard: Shard,
+    load: Callable[[Specs, Specs], dict[str, Tensor]],
+    check: Callable[[], None],
 ) -> ModelWeights:
-    model = load(model_weights(config))
-    numbers = tqdm(range(config.num_layers), desc="loading weights", unit="layer", disable=None)
-    layers = [load(layer_weights(config, family, layer)) for layer in numbers]
+    """All groups of weights, by a function of what this rank has of one, and of the whole."""
+    model = load(model_weights(config, shard), model_weights(config))
+    numbers = tqdm(
+        range(config.num_layers),
+        desc="loading weights",
+        unit="layer",
+        disable=True if shard.rank else None,
+    )
+    layers = []
+    for layer in numbers:
+        check()
+        whole = layer_weights(config, family, layer)
+        layers.append(load(layer_weights(config, family, layer, shard), whole))
     return ModelWeights(model=model, layers=layers)
 
 
-def _split(target: Tensor, spec: WeightSpec) -> dict[str, Tensor]:
-    """The parts of a weight that its checkpoint tensors fill, in order, along the rows."""
-    count = len(spec.sources)
-    if count == 1:
-        return {spec.sources[0]: target}
+def _pieces(spec: WeightSpec, target: Tensor) -> Iterator[Piece]:
+    """What has to be read to fill a weight."""
+    for source, part in _split(spec, target):
+        yield Piece(source.name, source.shape, part, source.rows.start, _columns(source))
+
+
+def _columns(source: Source) -> slice | None:
+    """The columns that are taken of a checkpoint tensor; None for all."""
+    columns = source.columns
+    if columns is None or len(columns) == source.shape[-1]:
+        return None
+    return slice(columns.start, columns.stop)
+
+
+def _split(spec: WeightSpec, target: Tensor) -> Iterator[tuple[Source, Tensor]]:
+    """The parts of a weight that its sources fill, along the rows; the rest becomes zero."""
     rows = target.flatten(0, 1) if target.dim() == 3 else target
-    sizes = spec.rows or (len(rows) // count,) * count
-    return dict(zip(spec.sources, rows.split(sizes), strict=True))
+    start = 0
+    for source in spec.sources:
+        end = start + len(source.rows)
+        yield source, rows[start:end]
+        start = end
+    rows[start:].zero_()
 
 
 def _is_expected(name: str, config: ModelConfig) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nf_server.commands.failure import fail
 
@@ -16,30 +16,33 @@ if TYPE_CHECKING:
 _COLORS = {"compute": "lightsalmon", "memory": "lightblue", "network": "palegreen"}
 
 
-def graph(model: str, form: str) -> int:
+def graph(engine_options: dict[str, Any], form: str) -> int:
     """Print the graph of a model; the exit code.
 
     Args:
-        model: Folder or hub id; its config.json is all that is read.
+        engine_options: Fields of `EngineConfig`. Of the model, config.json is all that is read.
         form: `text`, `dot` or `json`.
     """
-    from nf_runtime import NanoFlowError
+    from nf_runtime import EngineConfig, NanoFlowError
     from nf_runtime.dataflow import flows
     from nf_runtime.model_source import find_model
     from nf_runtime.models import decoder_graph, read_config
 
     try:
-        config = read_config(find_model(model, config_only=True))
+        engine = EngineConfig(**engine_options)
+        config = read_config(find_model(engine.model, config_only=True))
+        shard = engine.shard()
+        made = decoder_graph(config, shard)
     except NanoFlowError as error:
         fail(error)
-    made = decoder_graph(config)
     between = flows(made)
     if form == "dot":
         print(_as_dot(made, between))
     elif form == "json":
         print(_as_json(made, between))
     else:
-        print(f"{config.architecture}, {config.num_layers} layers")
+        ranks = f", rank 0 of {shard.size}" if shard.size > 1 else ""
+        print(f"{config.architecture}, {config.num_layers} layers{ranks}")
         print(_as_table(made, between))
     return 0
 
@@ -134,7 +137,11 @@ def _as_json(graph: LayerGraph, between: list[Flow]) -> str:
     return json.dumps(
         {
             "edges": {
-                edge.name: {"width": edge.width, "element": edge.element.value}
+                edge.name: {
+                    "width": edge.width,
+                    "element": edge.element.value,
+                    "contiguous": edge.contiguous,
+                }
                 for edge in graph.edges.values()
             },
             "operations": [

@@ -315,8 +315,9 @@ def moe_experts(
     expert_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    residual: Tensor,
     out: Tensor,
+    residual: Tensor | None = None,
+    first_expert: int | None = None,
     scratch: Tensor | None = None,
 ) -> None:
     """Weighted sum of each token's experts, added to the residual.
@@ -327,12 +328,18 @@ def moe_experts(
         expert_weights: float32 [T, k].
         gate_up: [E, 2F, D].
         down: [E, D, F].
-        residual: [T, D].
         out: [T, D]; may be `residual` itself.
+        residual: [T, D], or None, which is zero.
+        first_expert: Id of the first expert of `gate_up`, where these are a part of all; choices of
+            others count for nothing. None: they are all there are.
         scratch: See above.
     """
-    total = _wide(residual).clone()
+    total = _wide(torch.zeros_like(x) if residual is None else residual.clone())
+    if first_expert is not None:
+        expert_ids = expert_ids - first_expert
     for expert in expert_ids.unique().tolist():
+        if first_expert is not None and not 0 <= expert < len(gate_up):
+            continue
         rows, choice = (expert_ids == expert).nonzero(as_tuple=True)
         gate, up = (x[rows] @ gate_up[expert].t()).chunk(2, dim=-1)
         result = (F.silu(gate) * up) @ down[expert].t()

@@ -7,7 +7,7 @@ from nf_runtime.model_config import ConfigReader, ModelConfig, read_json
 from nf_runtime.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from nf_runtime.models.decoder_graph import decoder_graph
 from nf_runtime.models.family import Family
-from nf_runtime.models.weight_specs import WeightSpec, layer_weights, model_weights
+from nf_runtime.models.weight_specs import Source, WeightSpec, layer_weights, model_weights
 
 FAMILIES: dict[str, Family] = {
     architecture: module.FAMILY
@@ -52,6 +52,7 @@ def read_config(directory: Path) -> ModelConfig:
 __all__ = [
     "FAMILIES",
     "Family",
+    "Source",
     "WeightSpec",
     "decoder_graph",
     "find_family",

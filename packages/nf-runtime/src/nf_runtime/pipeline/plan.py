@@ -35,6 +35,7 @@ class Partition(StrEnum):
     """How lanes divide the device."""
 
     EXCLUSIVE = "exclusive"  # each has units of its own
+    CAPPED = "capped"  # kernels that can keep to a number of units; on a CPU as `exclusive`
     SHARED = "shared"  # all have all units, and the device divides them
 
 

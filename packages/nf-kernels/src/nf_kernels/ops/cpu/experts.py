@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nf_kernels.ops.cpu.arguments import (
+    address,
     check,
     check_contiguous,
     check_packed,
@@ -48,8 +49,9 @@ def moe_experts(
     expert_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    residual: Tensor,
     out: Tensor,
+    residual: Tensor | None = None,
+    first_expert: int | None = None,
     scratch: Tensor | None = None,
 ) -> None:
     """As `reference.moe_experts`, with weights that `packing.pack` has packed, in `scratch`."""
@@ -60,7 +62,8 @@ def moe_experts(
     check("expert_weights", expert_weights, torch.float32, (tokens, chosen))
     check_contiguous("expert_ids", expert_ids)
     check_contiguous("expert_weights", expert_weights)
-    check("residual", residual, x.dtype, (tokens, hidden))
+    if residual is not None:
+        check("residual", residual, x.dtype, (tokens, hidden))
     check("out", out, x.dtype, (tokens, hidden))
     experts = gate_up.shape[0]
     inner = _inner_size(down)
@@ -76,7 +79,7 @@ def moe_experts(
         expert_weights.data_ptr(),
         gate_up.data_ptr(),
         down.data_ptr(),
-        residual.data_ptr(),
+        address(residual),
         out.data_ptr(),
         scratch_address(scratch, needed),
         tokens,
@@ -85,10 +88,12 @@ def moe_experts(
         hidden,
         inner,
         x.stride(0),
-        residual.stride(0),
+        residual.stride(0) if residual is not None else 0,
         out.stride(0),
         gate_up.stride(0),
         down.stride(0),
+        first_expert or 0,
+        first_expert is not None,
     )
 
 

@@ -270,8 +270,9 @@ class Arguments:
         expert_weights: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        residual: Tensor,
         out: Tensor,
+        residual: Tensor | None = None,
+        first_expert: int | None = None,
         scratch: Tensor | None = None,
     ) -> None:
         """Of `reference.moe_experts`."""
@@ -283,7 +284,8 @@ class Arguments:
         self._check.tensor("down", down, x.dtype, (None, hidden, None))
         experts, _, inner = down.shape
         self._check.tensor("gate_up", gate_up, x.dtype, (experts, 2 * inner, hidden))
-        self._check.tensor("residual", residual, x.dtype, (tokens, hidden))
+        if residual is not None:
+            self._check.tensor("residual", residual, x.dtype, (tokens, hidden))
         self._check.tensor("out", out, x.dtype, (tokens, hidden))
 
     @_on_one_device

@@ -347,8 +347,9 @@ class CudaOperations:
         expert_weights: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        residual: Tensor,
         out: Tensor,
+        residual: Tensor | None = None,
+        first_expert: int | None = None,
         scratch: Tensor | None = None,
     ) -> bool:
         """As `reference.moe_experts`; two grouped products, which on Hopper wait for nothing.
@@ -363,7 +364,11 @@ class CudaOperations:
             return True
         if not (takes_grouped(x.dtype, hidden, inner) and all(map(is_aligned, (gate_up, down)))):
             return False
-        sorted_ids, order = expert_ids.flatten().sort(stable=True)
+        ids = expert_ids.flatten()
+        if first_expert is not None:  # choices of others go behind the last group
+            ids = ids - first_expert
+            ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
+        sorted_ids, order = ids.sort(stable=True)
         numbers = torch.arange(experts, device=x.device)
         ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)
         rows = torch.div(order, chosen, rounding_mode="floor")
@@ -373,8 +378,11 @@ class CudaOperations:
         result = torch.nn.functional.grouped_mm(inside, down.transpose(1, 2), offs=ends)
         by_choice = torch.empty_like(result)
         by_choice[order] = result
+        if first_expert is not None:  # no product has written their rows
+            by_choice.masked_fill_((ids == experts).unsqueeze(1), 0.0)
         weighted = by_choice.unflatten(0, (tokens, chosen)).float() * expert_weights.unsqueeze(2)
-        out.copy_(weighted.sum(dim=1).add_(residual))
+        total = weighted.sum(dim=1)
+        out.copy_(total if residual is None else total.add_(residual))
         return True
 
 
