@@ -261,8 +261,8 @@ def watch(llm: LLM) -> Seen:
         seen.largest_chunk = max(seen.largest_chunk, int(chunks.max(initial=0)))
         launch(batch, *arguments)
 
-    def noted_add(trace: IterationTrace, times: np.ndarray) -> None:
-        add(trace, times)
+    def noted_add(trace: IterationTrace) -> None:
+        add(trace)
         seen.traces.append(trace)
 
     executor.launch = noted_launch  # type: ignore[method-assign]
