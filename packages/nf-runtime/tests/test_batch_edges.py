@@ -66,6 +66,7 @@ def greedy(count: int) -> SamplingParams:
 def expect(tiny_checkpoint: MakeCheckpoint) -> Iterator[Callable[..., Answers]]:
     """Give `expect(family, prompts, params)`: the answers of one request at a time."""
     llms: dict[str, LLM] = {}
+    known: dict[str, Answers] = {}
 
     def answers(family: str, prompts: Sequence[list[int]], params: SamplingParams) -> Answers:
         if family not in llms:
@@ -78,8 +79,11 @@ def expect(tiny_checkpoint: MakeCheckpoint) -> Iterator[Callable[..., Answers]]:
                 max_num_batched_tokens=512,
                 kv_cache_tokens=4096,
             )
-        outputs = [generate(llms[family], [prompt], params)[0] for prompt in prompts]
-        return answers_of(outputs)
+        key = repr((family, prompts, params))
+        if key not in known:
+            outputs = [generate(llms[family], [prompt], params)[0] for prompt in prompts]
+            known[key] = answers_of(outputs)
+        return known[key]
 
     yield answers
     for llm in llms.values():
@@ -249,27 +253,36 @@ def test_a_late_lane_reads_what_was_staged_for_it(
         check_traces(llm, seen)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["nanoflow", "nanoflow-4", "co-resident"])
 def test_a_buffer_without_a_guard_is_overwritten_before_a_late_lane_reads_it(
-    plan: str,
-    tiny_checkpoint: MakeCheckpoint,
-    expect: Callable[..., Answers],
-    monkeypatch: pytest.MonkeyPatch,
+    plan: str, tiny_checkpoint: MakeCheckpoint, expect: Callable[..., Answers]
 ) -> None:
-    """The comparison sees the fault that guards are there for, or an operation refuses it."""
-    prompts, params = prompts_of([40, 3, 17, 90, 5, 28]), greedy(10)
+    """The comparison sees the fault that guards are there for, or an operation refuses it.
+
+    It comes when all requests decode within their first page: what is read in place of what was
+    staged is then of the same shape, and in range.
+    """
+    prompts, params = prompts_of([5, 3, 4, 2, 5, 3]), greedy(10)
     expected = expect("mixtral", prompts, params)
-    options = WIDE | {"max_prefill_chunk": 16}
-    llm, _ = load(tiny_checkpoint("mixtral", **LONG), **options, overlap=plan)
+    llm, seen = load(tiny_checkpoint("mixtral", **LONG), **WIDE, overlap=plan)
     with llm:
+        executor = llm.engine.executor
+        launch, launched = executor.launch, itertools.count()
         ring = StagingRing(1, CPU)
-        monkeypatch.setattr(ring, "release", lambda guard: None)
-        llm.engine.executor._ring = ring
-        delay_lanes(llm, 0.02)
+        ring.release = lambda guard: None  # type: ignore[method-assign]
+
+        def without_guards(*arguments: Any) -> None:
+            if next(launched) == 3:
+                executor._ring = ring
+                delay_lanes(llm, 0.02)
+            launch(*arguments)
+
+        executor.launch = without_guards  # type: ignore[method-assign]
         try:
             told = differences(answers_of(generate(llm, prompts, params)), expected)
         except ValueError as error:
             told = [str(error)]
+    assert any(trace.reason is Reason.PLANNED for trace in seen.traces)
     assert told != []
 
 

@@ -183,17 +183,18 @@ def test_cells_that_are_left_out_are_those_that_the_config_refuses(
 
 @pytest.mark.parametrize("mode", [mode for mode in VALUES["mode"] if mode not in ("sync", "async")])
 def test_the_lanes_of_a_plan_run_beside_each_other(
-    mode: str, tiny_checkpoint: MakeCheckpoint, tmp_path: Path, reference: Reference
+    mode: str, tiny_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    """In time, by what was noted. Lanes that share cores may take turns: it need not be at once."""
-    cell = Cell("mixtral", mode, 16, "large pool", "no cache", "device", "greedy")
-    expected, _ = reference(cell)
-    llm, seen = load(tiny_checkpoint(cell.family), **cell.options(tmp_path))
+    """By the times that were noted. Lanes that share cores take turns now and then, so it may come
+    late; wide layers make it likely.
+    """
+    cell = Cell("mistral", mode, 16, "large pool", "no cache", "device", "greedy")
+    path = tiny_checkpoint(cell.family, hidden_size=256, intermediate_size=512)
+    llm, seen = load(path, **cell.options(tmp_path))
     with llm:
         deadline = time.monotonic() + 60
         while not seen.overlaps and time.monotonic() < deadline:
-            outputs = generate(llm, PROMPTS, sampling_params(cell.sampling, None))
-            assert differences(answers_of(outputs), expected) == []
+            generate(llm, PROMPTS, sampling_params(cell.sampling, None))
     assert seen.overlaps > 0
 
 
