@@ -12,6 +12,7 @@ import torch
 import transformers
 
 sys.path.append(str(Path(__file__).parent))  # for the modules beside the tests
+pytest.register_assert_rewrite("feature_cells")
 
 _BASE: dict[str, Any] = {
     "vocab_size": 200,
