@@ -68,7 +68,7 @@ def find_plan_set(
         dtype: Such as `bfloat16`.
         tensor_parallel_size: Ranks of a replica.
     """
-    paths = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    paths = sorted(directory.glob("*.json"), key=_age)
     for path in paths:
         try:
             found = read_plan_set(path)
@@ -82,6 +82,14 @@ def find_plan_set(
             _log.info("overlap auto: plans of %s", path)
             return found
     return None
+
+
+def _age(path: Path) -> float:
+    """Less for a newer file; most for one that has gone meanwhile."""
+    try:
+        return -path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def file_name(plan_set: PlanSet) -> str:
