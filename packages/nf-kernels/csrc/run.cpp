@@ -23,7 +23,7 @@ Run::Run(std::shared_ptr<const Schedule> schedule, std::vector<Span> spans, std:
       spans_(std::move(spans)),
       inputs_(std::move(inputs)),
       on_call_(std::move(on_call)),
-      events_(static_cast<std::size_t>(schedule_->num_nodes())),
+      events_(static_cast<std::size_t>(schedule_->most_events())),
       times_(static_cast<std::size_t>(schedule_->num_nodes())) {}
 
 std::shared_ptr<Run> Run::start(std::shared_ptr<const Schedule> schedule, const std::vector<Lane*>& lanes,
@@ -78,7 +78,7 @@ void Run::walk(std::size_t number, Lane& lane) {
     if (!earlier.empty()) stopped_.store(true, std::memory_order_release);
     begun_.set();
   } else {
-    begun_.set();
+    begun_.wait();
     if (!earlier.empty()) stop("lanes[" + std::to_string(number) + "] had failed before: " + earlier);
   }
   for (const LaneCommand& command : schedule_->commands(number)) {

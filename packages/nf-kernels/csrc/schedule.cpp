@@ -41,7 +41,7 @@ Schedule::Schedule(std::shared_ptr<const Program> program, std::vector<std::vect
 }
 
 void Schedule::check_commands() const {
-  std::vector<bool> launched(nodes_.size()), signalled(nodes_.size());
+  std::vector<bool> launched(nodes_.size()), signalled(2 * nodes_.size());
   for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
     for (std::size_t row = 0; row < lanes_[lane].size(); ++row) {
       const auto [code, argument] = lanes_[lane][row];
@@ -49,9 +49,11 @@ void Schedule::check_commands() const {
         throw std::invalid_argument(place(lane, row) + " has code " + std::to_string(static_cast<int32_t>(code)) +
                                     "; expected 0 (launch), 1 (wait) or 2 (signal)");
       }
-      if (argument < 0 || argument >= num_nodes()) {
+      const int64_t end = code == Code::kLaunch ? num_nodes() : most_events();
+      if (argument < 0 || argument >= end) {
         throw std::invalid_argument(place(lane, row) + " has argument " + std::to_string(argument) +
-                                    "; expected less than " + std::to_string(num_nodes()) + ", the number of nodes");
+                                    "; expected less than " + std::to_string(end) +
+                                    (code == Code::kLaunch ? ", the number of nodes" : ", twice the number of nodes"));
       }
       if (code == Code::kWait) continue;
       std::vector<bool>& seen = code == Code::kLaunch ? launched : signalled;
@@ -75,7 +77,7 @@ void Schedule::check_commands() const {
 
 // Walks all lanes as far as they come.
 void Schedule::check_progress() const {
-  std::vector<bool> signalled(nodes_.size());
+  std::vector<bool> signalled(2 * nodes_.size());
   std::vector<std::size_t> reached(lanes_.size());
   for (bool moved = true; moved;) {
     moved = false;

@@ -32,6 +32,8 @@ class Schedule {
 
   int64_t num_lanes() const { return static_cast<int64_t>(lanes_.size()); }
   int64_t num_nodes() const { return static_cast<int64_t>(nodes_.size()); }
+  // Events are numbered below this: each node may have one for its start and one for its end.
+  int64_t most_events() const { return 2 * num_nodes(); }
   int64_t num_spans() const { return num_spans_; }
   int64_t num_inputs() const { return program_->num_inputs(); }
   const std::vector<LaneCommand>& commands(std::size_t lane) const { return lanes_[lane]; }

@@ -418,3 +418,51 @@ def test_a_process_may_end_while_runs_are_queued(end):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == (3 if end else 0), result.stderr
+
+
+def test_no_lane_begins_before_the_first_comes_to_the_run(two_lanes):
+    program = CpuProgram()
+    seen: list[tuple[str, float]] = []
+    blocks = [program.call(lambda node: seen.append((f"node {node}", time.monotonic())))] * 2
+    schedule = make_schedule(program, [[(LAUNCH, 0)], [(LAUNCH, 1)]], blocks)
+
+    def slow() -> None:
+        time.sleep(0.2)
+        seen.append(("before", time.monotonic()))
+
+    two_lanes[0].call(slow)
+    schedule.run(two_lanes, as_spans([(0, 1, 0, 0)]), []).wait()
+    assert seen[0][0] == "before"
+    assert {name for name, _ in seen[1:]} == {"node 0", "node 1"}
+
+
+def test_a_run_behind_an_error_of_the_first_lane_launches_nothing(two_lanes):
+    program = CpuProgram()
+    seen: list[int] = []
+    schedule = make_schedule(
+        program, [[(LAUNCH, 0)], [(LAUNCH, 1)]], [program.call(seen.append)] * 2
+    )
+
+    def fail() -> None:
+        time.sleep(0.1)
+        raise RuntimeError("no")
+
+    two_lanes[0].call(fail)
+    run = schedule.run(two_lanes, as_spans([(0, 1, 0, 0)]), [])
+    run.wait()
+    assert (run.failed, seen) == (True, [])
+    with pytest.raises(ValueError, match="no"):
+        two_lanes[0].synchronize()
+    schedule.run(two_lanes, as_spans([(0, 1, 0, 0)]), []).wait()
+    assert sorted(seen) == [0, 1]
+
+
+def test_a_node_may_have_an_event_for_its_start_and_one_for_its_end(two_lanes):
+    program = CpuProgram()
+    seen: list[int] = []
+    blocks = [program.call(seen.append)]
+    commands = [[(SIGNAL, 0), (LAUNCH, 0), (SIGNAL, 1)], [(WAIT, 0), (WAIT, 1)]]
+    make_schedule(program, commands, blocks).run(two_lanes, as_spans([(0, 1, 0, 0)]), []).wait()
+    assert seen == [0]
+    with pytest.raises(ValueError, match="argument 2; expected less than 2, twice the number"):
+        make_schedule(program, [[(SIGNAL, 2), (LAUNCH, 0)]], blocks)

@@ -14,7 +14,7 @@ PLANNED = Choice(nanoflow(GRAPH), Reason.PLANNED)
 
 
 def timed(gain: OverlapGain, choice: Choice, tokens: int, decodes: int, wall_ns: int) -> None:
-    gain.add(choice.plan.name, choice.reason, tokens, decodes, wall_ns)
+    gain.add(choice.plan, choice.reason, tokens, decodes, wall_ns)
 
 
 def test_without_a_timed_iteration_nothing_is_compared() -> None:

@@ -80,6 +80,9 @@ async def test_the_timeline_has_the_iterations_of_the_plans(engine: AsyncEngine)
 async def test_a_word_that_is_no_plan_changes_nothing(engine: AsyncEngine) -> None:
     with pytest.raises(PlanError, match="overlap is 'nothing'"):
         await engine.set_overlap("nothing")
+    for word in ("~no-such-user/plan.json", "x" * 5000):  # which no path can be
+        with pytest.raises(PlanError, match="which is no file"):
+            await engine.set_overlap(word)
     with pytest.raises(PlanError, match="two-batch"):
         await engine.set_overlap("two-batch")
     before = engine.stats.overlap_steps["nanoflow"]["planned"]

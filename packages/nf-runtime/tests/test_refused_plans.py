@@ -9,7 +9,7 @@ from pipeline_graphs import MODELS, small_graph
 
 from nf_runtime.graph import LayerGraph
 from nf_runtime.pipeline.compiler import compile_plan
-from nf_runtime.pipeline.division import divide
+from nf_runtime.pipeline.division import divide, strictest_structure
 from nf_runtime.pipeline.plan import Lane, NanoBatch, NanoOperation, Plan, PlanError
 from nf_runtime.pipeline.templates import TEMPLATES, sequential, two_batch
 
@@ -105,6 +105,15 @@ def test_attention_before_the_keys_of_the_nano_batch_before() -> None:
         "layer 0, but the first attends to keys and values that the second appends; change the "
         "order of operations",
     )
+
+
+def test_a_plan_that_only_some_batches_could_not_be_run_by_is_refused_before_any_is() -> None:
+    """It is legal for batches whose prompts are never cut, and refused for what may come."""
+    operations = [*on("first", NAMES, nano_batches=(1,)), *on("first", NAMES, nano_batches=(0,))]
+    plan = plan_of(operations, nano_batches=2)
+    compile_plan(GRAPH, plan, divide(plan.nano_batches, 8, np.array([8]), selected=1).structure)
+    with pytest.raises(PlanError, match="prefill_attention:1 of layer 0 comes before rope_append"):
+        compile_plan(GRAPH, plan, strictest_structure(plan.nano_batches))
 
 
 def test_a_layer_too_far_behind() -> None:

@@ -21,6 +21,8 @@ from nf_kvcache import KVCache
 from nf_runtime import LLM, ModelLoadError, NanoFlowError, SamplingParams
 from nf_runtime.engine_types import EngineStats
 from nf_runtime.loop import IterationLoop
+from nf_runtime.pipeline.plan import Bucket, PlanSet
+from nf_runtime.pipeline.templates import sequential
 from nf_runtime.replay import LogEnd, Replay, ReplayReport
 from nf_runtime.replay.log_format import Tag
 from nf_runtime.replay.log_reader import LogReader
@@ -120,6 +122,21 @@ def test_what_an_earlier_process_left_on_disk_is_repeated(
     first, second = logs(tmp_path)
     for path in (first, second):
         assert Replay(path).run().divergence is None
+
+
+def test_batches_as_large_as_plans_want_them_are_repeated(
+    record: Callable[..., LLM], tmp_path: Path
+) -> None:
+    plain = record(replay_log_dir=None)
+    plan = sequential(plain.engine.graph)
+    bucket = Bucket(tokens=(1, 1 << 20), plan=plan.name, token_budget=8, prefill_chunk=4)
+    PlanSet(plans=(plan,), buckets=(bucket,)).save(tmp_path / "plans.json")
+    expected = conversation(plain)
+    llm = record(overlap=str(tmp_path / "plans.json"))
+    assert conversation(llm) == expected
+    assert llm.engine.stats.iterations > plain.engine.stats.iterations  # of fewer tokens each
+    stats = shut_down(llm)
+    assert_same(Replay(logs(tmp_path)[-1]).run(), stats)
 
 
 @pytest.mark.parametrize("policy", ["priority", "shortest", "prefix", "slo"])
@@ -265,8 +282,8 @@ def with_scheduler(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Let replays run with other limits than the log says."""
     make = replay_module.make_scheduler
 
-    def make_other(config: Any, *args: Any) -> Scheduler:
-        return make(type(config)(**(config.to_dict() | changes)), *args)
+    def make_other(config: Any, *args: Any, **options: Any) -> Scheduler:
+        return make(type(config)(**(config.to_dict() | changes)), *args, **options)
 
     monkeypatch.setattr(replay_module, "make_scheduler", make_other)
 

@@ -46,6 +46,11 @@ class Activations:
         self._edges = self._views()
 
     @property
+    def num_selected(self) -> int:
+        """Rows whose logits can be wanted."""
+        return self._num_selected
+
+    @property
     def num_bytes(self) -> int:
         """Of all of it."""
         return sum(buffer.nbytes for buffer in self._buffers)
@@ -65,7 +70,7 @@ class Activations:
         """
         if count <= self._num_selected:
             return False
-        self._num_selected = count
+        count = self._num_selected = 1 << (count - 1).bit_length()
         for number, buffer in enumerate(self._workspace.buffers):
             if buffer.selected:
                 self._buffers[number] = self._allocate(buffer, count)

@@ -38,6 +38,9 @@ class DeviceApi(Protocol):
         Those of plans that divide the device alike are the same.
         """
 
+    def synchronize(self) -> None:
+        """Wait for all streams; what has failed is forgotten."""
+
     def release(self) -> None:
         """Give back what `streams` has divided, after what was given to it."""
 
@@ -54,6 +57,9 @@ class InlineDevice:
     def streams(self, plan: Plan) -> Sequence[DeviceStream]:
         """The same for all."""
         return [self.stream] * len(plan.lane_names)
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
 
     def release(self) -> None:
         """Nothing is divided."""
@@ -94,12 +100,19 @@ class _DividedDevice:
             self._divisions[key] = [self._stream_of(lane) for lane in made]
         return [self.stream, *self._divisions[key]]
 
-    def release(self) -> None:
+    def synchronize(self) -> None:
         """As `DeviceApi`."""
         for streams in self._divisions.values():
             for stream in streams:
+                stream.synchronize()
+        self.stream.synchronize()
+
+    def release(self) -> None:
+        """As `DeviceApi`."""
+        divisions, self._divisions = self._divisions, {}
+        for streams in divisions.values():
+            for stream in streams:
                 stream.close()
-        self._divisions.clear()
 
     def close(self) -> None:
         """As `DeviceApi`."""

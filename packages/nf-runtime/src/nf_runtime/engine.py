@@ -107,6 +107,7 @@ class Engine:
             config.tensor_parallel_size,
         )
         policy = self._find_policy(config.overlap)
+        budgets = policy.budgets(config.batch_tokens)
         num_pages, max_model_len = _plan_memory(loaded, group)
         copier = None
         if group is not None:
@@ -122,7 +123,7 @@ class Engine:
             self.kv_cache,
             max_model_len,
             clock if recorder is None else recorder.clock,
-            budgets=policy.budgets(config.batch_tokens),
+            budgets=budgets,
         )
         phases["kv_cache"] = clock() - started
 
@@ -154,7 +155,7 @@ class Engine:
         if recorder is None:
             self.loop = IterationLoop(*parts, lag=lag, clock=clock)
         else:
-            recorder.begin(config, self.kv_cache, max_model_len)
+            recorder.begin(config, self.kv_cache, max_model_len, budgets)
             self.loop = RecordedLoop(recorder, *parts, lag=lag)
         self.info = EngineInfo(
             model=config.model,
@@ -249,6 +250,8 @@ class Engine:
 
     def set_overlap(self, overlap: str) -> None:
         """Run iterations by other plans, from the next one on; requests go on.
+
+        How many tokens a batch has stays as the plans of the start say (`Bucket.token_budget`).
 
         Args:
             overlap: As `EngineConfig.overlap`.
@@ -371,6 +374,7 @@ class Engine:
         while self.has_work:
             self.step()
         self.loop.stats = LoopStats()
+        self.executor.timeline.reset()
 
 
 def _start_ranks(config: EngineConfig) -> RankGroup:

@@ -22,7 +22,8 @@ from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.node_times import NodeTimes
-from nf_runtime.pipeline.division import Division, divide, divide_typical
+from nf_runtime.pipeline.division import Division, divide, strictest_structure
+from nf_runtime.pipeline.overlap_gain import OverlapGain
 from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan, PlanError
 from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
 from nf_runtime.pipeline.schedule import Schedule
@@ -208,12 +209,21 @@ class Executor:
         plans = policy.plan_set.plans if policy.plan_set is not None else ()
         for plan in plans:
             self._check(plan)
-        self._policy = policy
         self._api.release()
+        try:
+            for plan in plans:
+                self._api.streams(plan)
+        except RuntimeError as error:
+            self._api.release()  # those of the policy before are made again by who needs them
+            raise PlanError(
+                f"plan {plan.name!r} cannot have its lanes on this device: {error}"
+            ) from error
+        self._policy = policy
+        self.timeline.gain = OverlapGain()
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan that is not legal, before a batch asks for it."""
-        structure = divide_typical(plan.nano_batches).structure
+        structure = strictest_structure(plan.nano_batches)
         schedule = self._schedules.get(plan, structure, notices=False)
         networked = set()
         for number in range(len(schedule.nodes)):
@@ -265,7 +275,11 @@ class Executor:
             raise RuntimeError("trace was called with iterations in flight; poll them first")
         self._launch(batch, page_tables, None, choice, timed=True)
         launched = self._launched.popleft()
-        launched.collect()
+        try:
+            launched.collect()
+        except BaseException:
+            self.drain()  # until then the device drops what is given to it
+            raise
         if launched.trace is None:
             raise RuntimeError("the iteration was not timed")
         trace, times = launched.trace
@@ -297,7 +311,7 @@ class Executor:
         schedule = self._schedules.get(choice.plan, division.structure, notices=offload is not None)
         moved = self._activations.reserve_selected(num_selected)
         if moved and self._program_runner is not None:
-            self._program_runner.rebind(num_selected)
+            self._program_runner.rebind(self._activations.num_selected)
         buffer = self._ring.acquire()
         staged = stage(
             batch,
@@ -341,7 +355,7 @@ class Executor:
     def drain(self) -> None:
         """Wait for all that was launched, and forget it."""
         self._launched.clear()
-        self._api.stream.synchronize()
+        self._api.synchronize()
 
     def close(self) -> None:
         """Forget what was launched, and end."""

@@ -23,7 +23,7 @@ from nf_runtime.staged_batch import INPUTS, StagedBatch
 
 _MOST = 256  # schedules, over all plans
 _TABLES = (BatchInput.DECODE_PAGE_TABLE, BatchInput.PREFILL_PAGE_TABLE)
-_INDEX_TYPES = (BatchInput.TOKEN_IDS, BatchInput.POSITIONS, BatchInput.SLOTS)
+_PER_TOKEN = (BatchInput.TOKEN_IDS, BatchInput.POSITIONS, BatchInput.SLOTS)
 
 
 class _Key(NamedTuple):
@@ -264,7 +264,7 @@ def _placeholder(
     source: BatchInput, max_tokens: int, max_requests: int, max_selected: int
 ) -> Tensor:
     """A tensor of the most rows that an input has; nothing is ever in it."""
-    if source in _INDEX_TYPES:
+    if source in _PER_TOKEN:
         return torch.empty(max_tokens, dtype=torch.int64)
     if source is BatchInput.SELECTED_ROWS:
         return torch.empty(max_selected, dtype=torch.int64)

@@ -171,9 +171,15 @@ class Timeline:
     def add(self, trace: IterationTrace) -> None:
         """Keep an iteration that was timed."""
         self._traces.append(trace)
-        name = trace.schedule.plan.name
-        self.gain.add(name, trace.reason, trace.tokens, trace.decodes, trace.wall_ns)
+        plan = trace.schedule.plan
+        self.gain.add(plan, trace.reason, trace.tokens, trace.decodes, trace.wall_ns)
 
     def clear(self) -> None:
         """Forget the iterations that were timed."""
         self._traces.clear()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.clear()
+        self.steps.clear()
+        self.gain = OverlapGain()

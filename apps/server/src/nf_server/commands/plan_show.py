@@ -28,7 +28,7 @@ def show(source: str, engine_options: dict[str, Any], *, as_json: bool) -> int:
     from nf_runtime.model_source import find_model
     from nf_runtime.models import decoder_graph, read_config
     from nf_runtime.pipeline.compiler import compile_plan
-    from nf_runtime.pipeline.division import divide_typical
+    from nf_runtime.pipeline.division import divide_typical, strictest_structure
     from nf_runtime.pipeline.workspace import plan_workspace
 
     try:
@@ -37,6 +37,9 @@ def show(source: str, engine_options: dict[str, Any], *, as_json: bool) -> int:
         graph = decoder_graph(model, config.shard())
         found = _find(source, graph)
         workspace = plan_workspace(graph, _ELEMENT_BYTES)
+        for plan in found.plans:  # refused here, if some batch could not be run by it
+            structure = strictest_structure(plan.nano_batches)
+            compile_plan(graph, plan, structure, workspace=workspace)
         schedules = [
             compile_plan(
                 graph, plan, divide_typical(plan.nano_batches).structure, workspace=workspace

@@ -143,8 +143,8 @@ class CpuProgram:
         """Say in which order, and on which lanes, blocks are launched.
 
         A node is a launch of a block on one of the spans that a run is given; nodes may share
-        blocks, and spans. An event has a number below that of nodes, and orders lanes: what follows
-        its WAIT comes after what precedes its SIGNAL.
+        blocks, and spans. An event has a number below twice that of nodes, and orders lanes: what
+        follows its WAIT comes after what precedes its SIGNAL.
 
         Args:
             commands: For each lane int32 [n, 2], rows (code, argument): (LAUNCH, node),

@@ -151,8 +151,25 @@ def divide(
     )
 
 
+def strictest_structure(nano_batches: tuple[NanoBatch, ...]) -> Structure:
+    """The structure whose dependencies are all that any batch can have.
+
+    Every nano-batch has tokens of all kinds that it may have, and one prompt goes through all.
+
+    Args:
+        nano_batches: Of the plan.
+    """
+    occupied = 0
+    prefills = [i for i, one in enumerate(nano_batches) if one.phase is not Phase.DECODE]
+    for i, one in enumerate(nano_batches):
+        occupied |= (one.phase is not Phase.PREFILL) << 2 * i
+        occupied |= (one.phase is not Phase.DECODE) << (2 * i + 1)
+    context_from = tuple(prefills[0] if i in prefills else i for i in range(len(nano_batches)))
+    return Structure(len(nano_batches), occupied, context_from)
+
+
 def divide_typical(nano_batches: tuple[NanoBatch, ...]) -> Division:
-    """Cut a batch that has tokens of every kind in every nano-batch, to look at a plan.
+    """Cut a batch of as many decodes as prompt tokens, to look at a plan.
 
     Args:
         nano_batches: Of the plan.

@@ -33,11 +33,11 @@ class OverlapGain:
         self._wanted.discard(bucket)
         return Choice(sequential, Reason.REFERENCE)
 
-    def add(self, mode: str, reason: Reason, tokens: int, decodes: int, wall_ns: int) -> None:
+    def add(self, plan: Plan, reason: Reason, tokens: int, decodes: int, wall_ns: int) -> None:
         """Take a timed iteration.
 
         Args:
-            mode: Name of its plan.
+            plan: By which it ran.
             reason: Why it ran so.
             tokens: Of its batch.
             decodes: So many of them.
@@ -46,8 +46,8 @@ class OverlapGain:
         bucket = _bucket(tokens, decodes)
         if reason is Reason.REFERENCE:
             _blend(self._sequential, bucket, wall_ns / tokens)
-        elif reason is Reason.PLANNED and mode != "sequential":
-            _blend(self._overlapped, (mode, bucket), wall_ns / tokens)
+        elif reason is Reason.PLANNED and not plan.is_sequential:
+            _blend(self._overlapped, (plan.name, bucket), wall_ns / tokens)
             self._wanted.add(bucket)
 
     def ratios(self) -> Mapping[str, float]:

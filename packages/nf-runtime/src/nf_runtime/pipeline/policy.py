@@ -104,7 +104,7 @@ class OverlapPolicy:
         """
         found: dict[int, TokenBudget] = {}
         for bucket in self.plan_set.buckets if self.plan_set is not None else ():
-            if bucket.token_budget is None:
+            if bucket.token_budget is None or self._is_no_gain(bucket):
                 continue
             tokens = min(bucket.token_budget, most)
             decodes = max(1, int(bucket.decode_share[1] * tokens))
@@ -159,8 +159,12 @@ def make_policy(
         return OverlapPolicy(graph, measured, reason=Reason.NO_PLAN, only_gains=True)
     if overlap in TEMPLATES:
         return OverlapPolicy(graph, for_all_batches(TEMPLATES[overlap](graph)))
-    path = Path(overlap).expanduser()
-    if not path.exists():
+    try:
+        path = Path(overlap).expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError):  # too long for a file, or of a user that there is not
+        is_there = False
+    if not is_there:
         words = ", ".join(OVERLAP_WORDS)
         raise PlanError(
             f"overlap is {overlap!r}, which is no file; expected one of {words}, or the path of a "

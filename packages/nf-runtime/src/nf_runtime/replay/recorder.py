@@ -5,7 +5,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from nf_runtime.replay.log_writer import LogWriter
 from nf_runtime.replay.recorded_io import RecordedDisk, RecordedEvent
 from nf_runtime.replay.recorded_tokens import RecordedTokens
 from nf_runtime.replay.token_names import TokenNames
+from nf_scheduler import TokenBudget
 
 if TYPE_CHECKING:
     from nf_kvcache.copier import Event
@@ -79,8 +81,20 @@ class Recorder:
         """A disk tier whose answers are written down."""
         return RecordedDisk(disk, self.log, self._names)
 
-    def begin(self, config: EngineConfig, kv_cache: KVCache, max_model_len: int) -> None:
+    def begin(
+        self,
+        config: EngineConfig,
+        kv_cache: KVCache,
+        max_model_len: int,
+        budgets: Sequence[TokenBudget] = (),
+    ) -> None:
         """Begin the log with what the engine is. What was asked before that follows.
+
+        Args:
+            config: Of the engine.
+            kv_cache: Its cache.
+            max_model_len: Tokens of a prompt and its answer.
+            budgets: Of its scheduler.
 
         Raises:
             ModelLoadError: It cannot be created.
@@ -94,6 +108,7 @@ class Recorder:
                     "model": config.model,
                     "config": {name: getattr(config, name) for name in CONFIG_FIELDS},
                     "max_model_len": max_model_len,
+                    "budgets": [list(astuple(budget)) for budget in budgets],
                     "num_pages": kv_cache.num_pages,
                     "host_pages": 0 if lower is None else lower.host_pages_total,
                     "restore_seconds": kv_cache.restore_seconds,

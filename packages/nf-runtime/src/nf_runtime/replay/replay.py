@@ -20,7 +20,7 @@ from nf_runtime.replay.replayed_io import NoCopies, ReplayedDisk, ReplayedEvent
 from nf_runtime.replay.replayed_runner import IterationFailedError, ReplayedRunner
 from nf_runtime.replay.token_names import STOP_TOKEN, named_tokens
 from nf_runtime.scheduling import make_scheduler
-from nf_scheduler import Batch, Progress, QueueFull, Request
+from nf_scheduler import Batch, Progress, QueueFull, Request, TokenBudget
 
 
 @dataclass(slots=True)
@@ -101,7 +101,11 @@ class Replay:
         try:
             self.kv_cache = self._make_cache(config)
             self.scheduler = make_scheduler(
-                config, self.kv_cache, self.header["max_model_len"], self._cursor.clock
+                config,
+                self.kv_cache,
+                self.header["max_model_len"],
+                self._cursor.clock,
+                budgets=tuple(TokenBudget(*budget) for budget in self.header.get("budgets", ())),
             )
         except (LogEndedError, EOFError) as error:
             raise NanoFlowError(f"{path} ends before the engine had started") from error
