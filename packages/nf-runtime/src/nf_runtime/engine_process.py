@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from nf_runtime.config import EngineConfig
 from nf_runtime.engine_types import EngineStats, TokenOutput
@@ -37,7 +38,7 @@ class EngineProcess:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._outgoing: queue.SimpleQueue[dict[str, Any] | _Iteration | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[dict[str, Any] | _Later | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True)
         threading.Thread(target=self._read, daemon=True).start()
         self._writer.start()
@@ -109,16 +110,15 @@ class EngineProcess:
 
     def _answer(self, engine: Any, question: dict[str, Any]) -> None:
         """Do what was asked between two iterations, and tell what came of it."""
-        answer: dict[str, Any] = {"number": question["number"]}
+        number = question["number"]
         try:
             if "overlap" in question:
                 engine.set_overlap(question["overlap"])
-                answer["value"] = None
+                self._outgoing.put({"answer": {"number": number, "value": None}})
             else:
-                answer["value"] = engine.timeline()
+                self._outgoing.put(_TimelineAnswer(number, engine.executor.timeline.traces))
         except NanoFlowError as error:
-            answer["error"] = str(error)
-        self._outgoing.put({"answer": answer})
+            self._outgoing.put({"answer": {"number": number, "error": str(error)}})
 
     def _fail(self, message: str, *, expected: bool) -> None:
         self._outgoing.put({"failed": {"message": message, "expected": expected}})
@@ -144,13 +144,33 @@ class EngineProcess:
     def _write(self) -> None:
         try:
             while (item := self._outgoing.get()) is not None:
-                message = item.to_json() if isinstance(item, _Iteration) else item
+                message = item if isinstance(item, dict) else item.to_json()
                 self._connection.sendall(pack(message))
         except OSError:  # the parent is gone
             os._exit(1)
         except Exception:  # without a writer the loop would compute for nobody
             traceback.print_exc()
             os._exit(1)
+
+
+class _Later(Protocol):
+    """A message that is made by the writer, so that the loop goes on meanwhile."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The message."""
+
+
+class _TimelineAnswer:
+    """The iterations that were timed, as a trace, which takes a while to make."""
+
+    def __init__(self, number: int, traces: Sequence[Any]) -> None:
+        self._number = number
+        self._traces = traces
+
+    def to_json(self) -> dict[str, Any]:
+        from nf_runtime.chrome_trace import chrome_trace
+
+        return {"answer": {"number": self._number, "value": chrome_trace(self._traces)}}
 
 
 class _Iteration:
