@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from nf_kernels import ops
 from nf_kernels.collectives import Communicator
 from nf_kernels.cost import Category
 from nf_kvcache.copier import make_copier
-from nf_runtime.chrome_trace import chrome_trace
 from nf_runtime.config import EngineConfig
 from nf_runtime.device import name_device, pick_device
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
@@ -272,10 +270,6 @@ class Engine:
             expert_features=len(shard.expert_inner(model)),
             ranks=shard.size,
         )
-
-    def timeline(self) -> dict[str, Any]:
-        """The iterations that were timed lately, as a Chrome trace (`nf_runtime.chrome_trace`)."""
-        return chrome_trace(self.executor.timeline.traces)
 
     def _overlap_steps(self) -> dict[str, dict[str, int]]:
         steps: dict[str, dict[str, int]] = {}

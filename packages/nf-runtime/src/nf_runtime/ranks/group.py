@@ -179,7 +179,7 @@ class RankGroup:
         return (EngineDeadError if self._is_started else ModelLoadError)(self._reason)
 
     def close(self) -> None:
-        """End the other ranks, once they have done what they were told."""
+        """End the other ranks; what they have not done by now is dropped."""
         with self._change:
             self._is_closing = True
         for member in self._members:
