@@ -116,7 +116,7 @@ def test_a_key_is_a_tenant(start_live: Start, wait_until: Any) -> None:
     def ask(key: str) -> None:
         httpx.post(
             f"{server.url}/v1/completions",
-            json=LONG | {"max_tokens": 100},
+            json=LONG | {"max_tokens": 300},
             headers={"authorization": f"Bearer {key}"},
             timeout=120,
         )
