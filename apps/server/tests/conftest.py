@@ -174,6 +174,7 @@ class ScriptedEngine:
             busy_seconds=1.5,
             last_step_time=1000.0,
             overlap_steps={"nanoflow": {"planned": 7}, "sequential": {"no_bucket": 2}},
+            cuda_graph_steps=5,
             overlap_gain={"nanoflow": 1.25},
             lower_tiers=LOWER_TIERS,
         )

@@ -79,6 +79,7 @@ def test_metric_values(scripted: Callable[..., Any]) -> None:
         "nanoflow_last_step_timestamp_seconds 1000.0",
         'nanoflow_overlap_steps_total{mode="nanoflow",reason="planned"} 7.0',
         'nanoflow_overlap_steps_total{mode="sequential",reason="no_bucket"} 2.0',
+        "nanoflow_cuda_graph_steps_total 5.0",
         'nanoflow_overlap_gain_ratio{mode="nanoflow"} 1.25',
         'nanoflow_startup_phase_seconds{phase="weights"} 0.5',
         'nanoflow_requests_total{outcome="stop"} 0.0',

@@ -114,6 +114,7 @@ class Stream:
     def __init__(self, handle=0, device=0, priority=0) -> None:
         self.cuda_stream, self.priority = handle, priority
         self.log: list[tuple[str, object]] = []
+        self.is_capturing = False
 
     @staticmethod
     def priority_range():

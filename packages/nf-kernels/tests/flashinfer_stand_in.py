@@ -34,10 +34,21 @@ class Wrapper:
 
     plans = 0
 
-    def __init__(self, workspace, kv_layout, backend):
+    def __init__(
+        self, workspace, kv_layout, backend, use_cuda_graph=False, qo_indptr_buf=None,
+        paged_kv_indptr_buf=None, paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None,
+    ):  # fmt: skip
         need(workspace.dtype == torch.uint8, "workspace")
         need(kv_layout == "HND", "layout")
         self.backend = backend
+        self.fixed = None
+        if use_cuda_graph:
+            self.fixed = (
+                qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf,
+                paged_kv_last_page_len_buf,
+            )  # fmt: skip
+            need(len(qo_indptr_buf) == len(paged_kv_indptr_buf), "paged_kv_indptr_buf")
+            need(len(qo_indptr_buf) == len(paged_kv_last_page_len_buf) + 1, "last_page_len_buf")
 
     def plan(
         self, qo_indptr, indptr, indices, last_page_len, heads, kv_heads, head_dim, page_size, *,
@@ -51,8 +62,15 @@ class Wrapper:
         need(len(indices) == indptr[-1], "indices")
         need(max_token_per_sequence == max(qo_indptr.diff()), "max_token_per_sequence")
         need(bool((last_page_len >= 1).all() and (last_page_len <= page_size).all()), "last page")
+        arrays = [array.clone() for array in (qo_indptr, indptr, indices, last_page_len)]
+        if self.fixed is not None:
+            need(len(qo_indptr) == len(self.fixed[0]), "the batch size should be fixed")
+            need(len(indices) <= len(self.fixed[2]), "paged_kv_indices exceeds the buffer")
+            for array, place in zip(arrays, self.fixed, strict=True):
+                place[: len(array)] = array
+            arrays = self.fixed
         self.planned = (
-            qo_indptr.clone(), indptr.clone(), indices.clone(), last_page_len.clone(),
+            *arrays,
             (heads, kv_heads, head_dim, page_size), causal, sm_scale, window_left, logits_soft_cap,
             (q_data_type, kv_data_type),
         )  # fmt: skip

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nf_kernels.ops import AttentionBatch
-from nf_kernels.ops.cuda import CudaOperations, attention_plans
-from nf_kernels.ops.cuda.attention_plans import StreamState, StreamStates
+from nf_kernels.ops.cuda import CudaOperations, stream_states
+from nf_kernels.ops.cuda.stream_states import StreamState, StreamStates
 
 BF16 = torch.bfloat16
 
@@ -105,6 +108,88 @@ def test_a_plan_that_is_found_is_of_as_many_queries_and_pages(stood_in, paged_ca
     stood_in.prepare([])
 
 
+class Graph:
+    """Stands for a device graph."""
+
+
+@pytest.fixture
+def captured(flashinfer_stand_in, monkeypatch):
+    """The calls of FlashInfer's kernels, to be made again as a graph would."""
+    calls = []
+    run = flashinfer_stand_in.Wrapper.run
+
+    def noted(self, *arguments, **by_name):
+        calls.append(lambda: run(self, *arguments, **by_name))
+        run(self, *arguments, **by_name)
+
+    monkeypatch.setattr(flashinfer_stand_in.Wrapper, "run", noted)
+    return calls
+
+
+def test_a_graph_reads_the_plan_that_was_announced_last(
+    stood_in, plans_made_by, paged_case, captured
+):
+    arguments, graph = decode_call(paged_case), Graph()
+    in_graph = replace(announced(arguments), device_graph=graph)
+    stood_in.prepare([in_graph])
+    layers = [arguments, arguments | {"window": 4}]
+    assert [plans_made_by(layer) for layer in layers] == [1, 1]
+    assert [plans_made_by(layer) for layer in layers] == [0, 0]  # what is captured plans nothing
+    launch = captured[-2:]
+    before = arguments["out"].clone()
+    arguments["seq_lens"].copy_(torch.tensor([3, 1, 22]))
+    arguments["page_table"][2, :10] = arguments["page_table"][2, :10].flip(0)
+    launch[0]()
+    launch[1]()
+    assert torch.equal(arguments["out"], before)  # the plan is still that of before
+    expected = []
+    stood_in.prepare([])
+    for layer in layers:
+        stood_in["decode_attention"](**layer)
+        expected.append(arguments["out"].clone())
+    assert not torch.equal(expected[1], before)
+    for host in ({}, {"host_page_table": arguments["page_table"].clone()}):
+        stood_in.prepare([replace(in_graph, **host)])
+        arguments["out"].zero_()
+        for call, want in zip(launch, expected, strict=True):
+            call()
+            assert torch.equal(arguments["out"], want)
+    stood_in.prepare([])
+
+
+def test_plans_of_a_graph_go_with_it(flashinfer_stand_in, paged_case):
+    operations = CudaOperations(library=lambda: flashinfer_stand_in.FLASHINFER, device_type="cpu")
+    arguments, graph = decode_call(paged_case), Graph()
+    operations.prepare([replace(announced(arguments), device_graph=graph)])
+    operations.decode_attention(**arguments)
+    (plans,) = operations._attention._plans._in_graphs.values()
+    (wrapper,) = (weakref.ref(wrapper.flashinfer) for wrapper in plans.values())
+    del plans
+    operations.prepare([])
+    assert wrapper() is not None
+    del graph
+    gc.collect()
+    assert wrapper() is None
+
+
+def test_a_graph_waits_until_the_device_has_read_its_last_plan(flashinfer_stand_in, paged_case):
+    operations = CudaOperations(library=lambda: flashinfer_stand_in.FLASHINFER, device_type="cpu")
+    arguments, graph = decode_call(paged_case), Graph()
+    batch = replace(announced(arguments), device_graph=graph)
+    operations.prepare([batch])
+    operations.decode_attention(**arguments)
+    (plans,) = operations._attention._plans._in_graphs.values()
+    (wrapper,) = plans.values()
+    planned = flashinfer_stand_in.Wrapper.plans
+    order = []
+    wrapper.staged = SimpleNamespace(
+        synchronize=lambda: order.append(flashinfer_stand_in.Wrapper.plans - planned)
+    )
+    operations.prepare([batch])
+    assert order == [0]  # it waited, and before it planned
+    assert flashinfer_stand_in.Wrapper.plans == planned + 1
+
+
 @pytest.mark.parametrize("failing", ["plan", "run"])
 @pytest.mark.parametrize("is_announced", [False, True])
 def test_a_wrapper_that_fails_is_used_again(
@@ -138,7 +223,7 @@ def test_threads_that_come_to_a_stream_at_once_find_one_state(monkeypatch):
         made.append(StreamState())
         return made[-1]
 
-    monkeypatch.setattr(attention_plans, "StreamState", slowly)
+    monkeypatch.setattr(stream_states, "StreamState", slowly)
     states, found, together = StreamStates(), [], threading.Barrier(4)
 
     def look() -> None:

@@ -49,6 +49,7 @@ def outer(monkeypatch, cuda_driver_stand_in):
         "Event": stand_in.TorchEvent,
         "current_stream": lambda device: current[-1],
         "stream": use,
+        "is_current_stream_capturing": lambda: current[-1].is_capturing,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return current[0]
@@ -300,6 +301,21 @@ def test_a_lane_keeps_the_tensors_of_what_is_queued(driver):
     lane.synchronize()
     gc.collect()
     assert not any(reference() is not None for reference in kept)
+
+
+def test_a_lane_leaves_the_tensors_of_what_is_captured_to_the_owner_of_the_graph(driver):
+    (lane,) = lanes.partition("cuda", [1])
+    operations = CudaOperations(device_type="cpu").functions()
+    out = torch.zeros(2, 3)
+    kept = weakref.ref(out)
+    lane.stream.is_capturing = True
+    for _ in range(300):
+        with lane:
+            operations["linear"](x=torch.ones(2, 4), weight=torch.ones(3, 4), out=out)
+    del out
+    gc.collect()
+    assert kept() is None
+    assert not [event for what, event in lane.stream.log if what == "record"]
 
 
 def test_a_lane_lets_go_of_its_tensors_when_the_device_has_failed(

@@ -238,3 +238,15 @@ def test_sizes_are_written_for_people() -> None:
     assert [format_bytes(size) for size in (512, 3 << 20, 3 * GIB // 2, -GIB)] == [
         *("0.5 KiB", "3.0 MiB", "1.5 GiB", "-1.0 GiB"),
     ]
+
+
+def test_graphs_of_a_gpu_take_memory_by_their_sizes(llama_8b: Any) -> None:
+    page_bytes = plan(llama_8b, gpu(80)).page_bytes
+    sizes = {1: 1, 256: 13}  # by max_num_seqs
+    for requests, count in sizes.items():
+        options = {"max_num_seqs": requests}
+        without = plan(llama_8b, gpu(80), cuda_graphs=False, **options).workspace_bytes
+        more = plan(llama_8b, gpu(80), **options).workspace_bytes - without
+        assert more == (256 << 20) + count * (16 << 20) + page_bytes
+    on_cpu = [plan(llama_8b, cpu(80), cuda_graphs=on).workspace_bytes for on in (True, False)]
+    assert on_cpu[0] == on_cpu[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nf_runtime.staging import StagingBuffer, StagingRing
+from nf_runtime.staging import FixedArrays, StagingBuffer, StagingRing
 
 CPU = torch.device("cpu")
 
@@ -92,3 +92,37 @@ def test_a_buffer_holds_arrays_of_every_kind_side_by_side() -> None:
                 assert np.array_equal(tensor.numpy(), array)
                 assert tensor.data_ptr() % 64 == 0 or not array.size
         arrays["ids"] = arrays["ids"][::-1]
+
+
+def filled(ids: list[int], lens: list[int]) -> StagingBuffer:
+    buffer = StagingBuffer(CPU)
+    more = np.arange(3, dtype=np.float32)
+    buffer.fill({"ids": np.array(ids), "lens": np.array(lens, dtype=np.int32), "more": more})
+    buffer.upload()
+    return buffer
+
+
+def test_fixed_arrays_stay_where_they_are() -> None:
+    fixed = FixedArrays(filled([1, 2, 3], [4, 5]), ["ids", "lens"])
+    ids, lens = fixed.on_device("ids"), fixed.on_device("lens")
+    buffer = filled([7, 8, 9], [10, 11])
+    fixed.take(buffer)
+    buffer.fill({"ids": np.zeros(3, dtype=np.int64)})  # for the next iteration
+    assert ids.tolist() == [7, 8, 9]
+    assert lens.tolist() == [10, 11]
+    assert fixed.on_device("ids").data_ptr() == ids.data_ptr()
+
+
+def test_fixed_arrays_tell_which_numbers_they_have_on_the_host() -> None:
+    fixed = FixedArrays(filled([1], [2]), ["ids", "lens"])
+    buffer = filled([3], [4])
+    fixed.take(buffer)
+    assert fixed.host("ids").tolist() == [3]
+    assert fixed.host("lens").data_ptr() == buffer.host("lens").data_ptr()
+
+
+@pytest.mark.parametrize(("ids", "lens"), [([1] * 9, [2]), ([1], [2, 3])])
+def test_fixed_arrays_of_other_shapes_are_refused(ids: list[int], lens: list[int]) -> None:
+    fixed = FixedArrays(filled([1], [2]), ["ids", "lens"])
+    with pytest.raises(RuntimeError, match="have other shapes than the first ones had"):
+        fixed.take(filled(ids, lens))

@@ -10,6 +10,7 @@ from nf_server.cli_options import (
     AdmissionName,
     AdmissionOption,
     AsyncScheduling,
+    CudaGraphs,
     Deterministic,
     Device,
     Dtype,
@@ -89,6 +90,7 @@ def serve(
     overlap: Overlap = "auto",
     plan_dir: PlanDir = None,
     native_programs: NativePrograms = True,
+    cuda_graphs: CudaGraphs = True,
     timeline_every: TimelineEvery = 64,
     kv_cache_tokens: KvCacheTokens = None,
     kv_device_bytes: KvDeviceBytes = None,
@@ -137,6 +139,7 @@ def serve(
         overlap=overlap,
         plan_dir=plan_dir,
         native_programs=native_programs,
+        cuda_graphs=cuda_graphs,
         timeline_every=timeline_every,
         kv_cache_tokens=kv_cache_tokens,
         kv_device_bytes=kv_device_bytes,
@@ -235,6 +238,7 @@ def generate(
     overlap: Overlap = "auto",
     plan_dir: PlanDir = None,
     native_programs: NativePrograms = True,
+    cuda_graphs: CudaGraphs = True,
     timeline_every: TimelineEvery = 64,
     native_kernels: NativeKernels = True,
     deterministic: Deterministic = False,
@@ -269,6 +273,7 @@ def generate(
             overlap=overlap,
             plan_dir=plan_dir,
             native_programs=native_programs,
+            cuda_graphs=cuda_graphs,
             timeline_every=timeline_every,
             native_kernels=native_kernels,
             deterministic=deterministic,
@@ -342,6 +347,7 @@ def timeline(
         seed=seed,
         native_kernels=native_kernels,
         native_programs=native_programs,
+        cuda_graphs=False,  # which have no times of operations
     )
     raise typer.Exit(
         command.timeline(

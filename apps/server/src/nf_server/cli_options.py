@@ -219,6 +219,10 @@ PlanDir = Annotated[
 NativePrograms = Annotated[
     bool, typer.Option(help="On a CPU, run recorded operations without Python.")
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(help="On a GPU, launch iterations of decodes as one graph where that is faster."),
+]
 TimelineEvery = Annotated[
     int, typer.Option(help="Note the times of one in so many iterations; 0 of none.", min=0)
 ]

@@ -211,6 +211,7 @@ def plan_measure(
         seed=seed,
         native_kernels=native_kernels,
         native_programs=native_programs,
+        cuda_graphs=False,  # which have no times of operations
     )
     raise typer.Exit(
         command.measure(options, loads, rounds=rounds, plan_dir=plan_dir, output=output)

@@ -10,7 +10,7 @@ from nf_runtime import EngineStats
 
 
 def overlap_metrics(stats: EngineStats) -> Iterator[Metric]:
-    """Iterations by plan and reason, and the gain of each plan that was compared."""
+    """Iterations by plan and reason, those of graphs, and the gain of each plan compared."""
     steps = CounterMetricFamily(
         "nanoflow_overlap_steps",
         "Iterations by the plan that they ran by, and why.",
@@ -20,6 +20,11 @@ def overlap_metrics(stats: EngineStats) -> Iterator[Metric]:
         for reason, count in reasons.items():
             steps.add_metric([mode, reason], count)
     yield steps
+    yield CounterMetricFamily(
+        "nanoflow_cuda_graph_steps",
+        "Iterations of decodes that a GPU was given as one graph.",
+        value=stats.cuda_graph_steps,
+    )
     gain = GaugeMetricFamily(
         "nanoflow_overlap_gain_ratio",
         "Measured time of sequential iterations by that of a plan's, with batches alike.",

@@ -17,21 +17,27 @@ class DevicePages:
 
     Args:
         layout: shape of a page.
-        num_pages: pages to allocate.
+        num_pages: pages to give out.
+        spare_pages: pages to allocate behind them.
         device: where.
         index: which learns of pages that are given to somebody else.
 
     Attributes:
-        layers: for every layer its K and its V, each [num_pages, num_kv_heads, page_size,
-            head_dim]; zero at first.
+        layers: for every layer its K and its V, each [num_pages + spare_pages, num_kv_heads,
+            page_size, head_dim]; zero at first.
         pool: reference counts.
         nodes: by page, the prefix whose KV it holds.
     """
 
     def __init__(
-        self, layout: KVLayout, num_pages: int, device: torch.device, index: PrefixIndex
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        spare_pages: int,
+        device: torch.device,
+        index: PrefixIndex,
     ) -> None:
-        shape = (num_pages, *layout.page_shape)
+        shape = (num_pages + spare_pages, *layout.page_shape)
         self.layers: list[Layer] = [
             (
                 torch.zeros(shape, dtype=layout.dtype, device=device),

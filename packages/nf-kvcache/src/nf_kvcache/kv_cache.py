@@ -46,6 +46,7 @@ class KVCache:
         disk: a disk tier for pages of the same shape; needs a host tier, through which its pages
             go. `close` closes it.
         copier: between device and host; by default one that torch does.
+        spare_pages: pages of the device behind these that no sequence is given, for the owner.
         watch: is given each event whose state the cache will ask for, and gives what it asks
             instead. With the answers of clock and disk, those decide all that the cache does.
         restore_seconds: after which a page that has not come up is computed instead.
@@ -56,8 +57,8 @@ class KVCache:
         layout: shape of a page.
         num_pages: pages of the device.
         restore_seconds: as given.
-        layers: for every layer its K and its V, each [num_pages, num_kv_heads, page_size,
-            head_dim]; zero at first. The owner of the cache writes them.
+        layers: for every layer its K and its V, each [num_pages + spare_pages, num_kv_heads,
+            page_size, head_dim]; zero at first. The owner of the cache writes them.
 
     Raises:
         ValueError: num_pages is below 1, there is a disk tier without a host tier or for other
@@ -74,6 +75,7 @@ class KVCache:
         host_bytes: int = 0,
         disk: DiskStore | None = None,
         copier: Copier | None = None,
+        spare_pages: int = 0,
         watch: Callable[[Event], Event] | None = None,
         restore_seconds: float = 2.0,
         native_index: bool = True,
@@ -88,7 +90,7 @@ class KVCache:
         self.restore_seconds = restore_seconds
         self._prefix_caching = prefix_caching
         self._index = make_index(layout.page_size, native=native_index)
-        self._device = DevicePages(layout, num_pages, device, self._index)
+        self._device = DevicePages(layout, num_pages, spare_pages, device, self._index)
         self._table = PageTable()
         self._entries: dict[str, CachedSequence] = {}
         self._preempted: set[str] = set()

@@ -78,6 +78,8 @@ class EngineConfig:
         plan_dir: Directory with the plan sets of `auto`; None takes the user's cache directory.
         native_programs: Record native operations of a CPU once and run them without Python. False
             gives them to one lane from Python, one by one.
+        cuda_graphs: Launch iterations of decodes alone on a GPU as one recorded graph each, where
+            that is measured to be faster at the start. False launches each operation.
         timeline_every: One of so many iterations has the times of its operations noted; 0: none.
         replay_log_dir: Directory for logs from which decisions can be repeated
             (`nf_runtime.replay`); None writes none.
@@ -117,6 +119,7 @@ class EngineConfig:
     overlap: str = "auto"
     plan_dir: str | None = None
     native_programs: bool = True
+    cuda_graphs: bool = True
     timeline_every: int = 64
     replay_log_dir: str | None = None
     replay_log_max_bytes: int = 1 << 30

@@ -1,9 +1,9 @@
-"""What an executor asks of a device: streams of all of it, and of shares of it."""
+"""What an executor asks of a device: streams of all of it and of its shares, and graphs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from nf_kernels import lanes, native_status
 from nf_kernels.ops import CPU, OperationSet
+from nf_runtime.device_graph import CudaGraphCapture, DeviceGraph
 from nf_runtime.device_stream import (
     CudaLaneStream,
     CudaStream,
@@ -38,6 +39,17 @@ class DeviceApi(Protocol):
         Those of plans that divide the device alike are the same.
         """
 
+    def capture(self, work: Callable[[], object]) -> DeviceGraph:
+        """Do some work, and record it, to be done again at one call.
+
+        Args:
+            work: Gives it to `stream`, and to others between that one's beginning and end. It is
+                called more than once.
+
+        Raises:
+            RuntimeError: It cannot be recorded, or the device records nothing.
+        """
+
     def synchronize(self) -> None:
         """Wait for all streams; what has failed is forgotten."""
 
@@ -57,6 +69,10 @@ class InlineDevice:
     def streams(self, plan: Plan) -> Sequence[DeviceStream]:
         """The same for all."""
         return [self.stream] * len(plan.lane_names)
+
+    def capture(self, work: Callable[[], object]) -> DeviceGraph:
+        """Nothing is recorded here."""
+        raise RuntimeError("plain torch on a CPU has no device graphs")
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
@@ -100,6 +116,10 @@ class _DividedDevice:
             self._divisions[key] = [self._stream_of(lane) for lane in made]
         return [self.stream, *self._divisions[key]]
 
+    def capture(self, work: Callable[[], object]) -> DeviceGraph:
+        """As `DeviceApi`."""
+        raise NotImplementedError
+
     def synchronize(self) -> None:
         """As `DeviceApi`."""
         for streams in self._divisions.values():
@@ -131,6 +151,10 @@ class CpuDevice(_DividedDevice):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), LaneStream(lanes.undivided_cpu()))
 
+    def capture(self, work: Callable[[], object]) -> DeviceGraph:
+        """Nothing is recorded here: on a CPU, `ProgramRunner` does without."""
+        raise RuntimeError("a CPU has no device graphs")
+
     def _stream_of(self, lane: lanes.Lane) -> DeviceStream:
         if not isinstance(lane, lanes.CpuLane):
             raise TypeError(f"lane is a {type(lane).__name__}; expected one of a CPU")
@@ -148,6 +172,13 @@ class CudaDevice(_DividedDevice):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, CudaStream(device))
+        self._capture: CudaGraphCapture | None = None
+
+    def capture(self, work: Callable[[], object]) -> DeviceGraph:
+        """A CUDA graph."""
+        if self._capture is None:
+            self._capture = CudaGraphCapture(self._device)
+        return self._capture.capture(work)
 
     def _stream_of(self, lane: lanes.Lane) -> DeviceStream:
         return CudaLaneStream(self._device, lane)

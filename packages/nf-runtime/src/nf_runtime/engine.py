@@ -201,6 +201,7 @@ class Engine:
             busy_seconds=self.loop.stats.busy_seconds,
             last_step_time=self.loop.stats.last_commit_time,
             overlap_steps=self._overlap_steps(),
+            cuda_graph_steps=self.executor.device_graphs.launches,
             overlap_gain=self.executor.timeline.gain.ratios(),
             lower_tiers=cache.lower,
         )

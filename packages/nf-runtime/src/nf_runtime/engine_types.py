@@ -68,6 +68,7 @@ class EngineStats:
         busy_seconds: Counter of time spent in iterations.
         last_step_time: Unix time of the last iteration; 0 before the first.
         overlap_steps: Counter of iterations by plan and by why they ran by it.
+        cuda_graph_steps: Counter of iterations that were launched as one graph.
         overlap_gain: For each plan, measured time of sequential iterations by that of its own.
         lower_tiers: Of the tiers of the KV cache below the device; None if there are none.
     """
@@ -92,6 +93,7 @@ class EngineStats:
     busy_seconds: float = 0.0
     last_step_time: float = 0.0
     overlap_steps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    cuda_graph_steps: int = 0
     overlap_gain: Mapping[str, float] = field(default_factory=dict)
     lower_tiers: LowerTierStats | None = None
 

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -17,9 +16,10 @@ from nf_kvcache import IterationOffload
 from nf_runtime.activations import Activations
 from nf_runtime.bound_graph import BoundGraph
 from nf_runtime.device_api import CpuDevice, make_device_api
-from nf_runtime.device_stream import Moment
+from nf_runtime.device_graphs import DeviceGraphs
 from nf_runtime.graph import BatchInput, LayerGraph
 from nf_runtime.iteration_output import IterationOutput
+from nf_runtime.launched_iteration import LaunchedIteration
 from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.node_times import NodeTimes
 from nf_runtime.pipeline.division import Division, divide, strictest_structure
@@ -30,55 +30,16 @@ from nf_runtime.pipeline.schedule import Schedule
 from nf_runtime.pipeline.schedules import Schedules
 from nf_runtime.pipeline.workspace import plan_workspace
 from nf_runtime.program_runner import ProgramRunner
-from nf_runtime.row_logprobs import PendingLogprobs, to_host
+from nf_runtime.row_logprobs import to_host
 from nf_runtime.sampler import SamplingPlan, TokenSampler
 from nf_runtime.staged_batch import StagedBatch, stage
-from nf_runtime.staging import StagingRing
+from nf_runtime.staging import StagingBuffer, StagingRing
 from nf_runtime.stream_runner import LayerHook, StreamRunner
 from nf_runtime.timeline import IterationTrace, Timeline
 from nf_runtime.weights import ModelWeights
-from nf_scheduler import Batch, IterationResult
+from nf_scheduler import Batch
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """An iteration whose work has been given to the device.
-
-    Attributes:
-        batch: What it runs.
-        sampled: int64 [rows that sample], on its way to the host; None if there are none.
-        logprobs: Of sampled tokens.
-        prompt_logprobs: Of prompts, each with the position of its first row.
-        done: When the device has done everything.
-        trace: How it ran, and its times, if they are noted.
-    """
-
-    batch: Batch
-    sampled: Tensor | None
-    logprobs: PendingLogprobs | None
-    prompt_logprobs: list[tuple[int, PendingLogprobs]]
-    done: Moment
-    trace: tuple[IterationTrace, NodeTimes] | None
-
-    def collect(self) -> IterationOutput:
-        """The result, once the device has it."""
-        self.done.wait()
-        self.done.check()
-        token_ids = np.zeros(len(self.batch), dtype=np.int32)
-        if self.sampled is not None:
-            token_ids[self.batch.samples] = self.sampled.numpy()
-        logprobs = {}
-        if self.logprobs is not None:
-            logprobs = dict(zip(self.logprobs.request_ids, self.logprobs.rows(), strict=True))
-        prompt_logprobs = {
-            pending.request_ids[0]: (position, pending.rows())
-            for position, pending in self.prompt_logprobs
-        }
-        return IterationOutput(
-            IterationResult(self.batch.iteration, token_ids), logprobs, prompt_logprobs
-        )
 
 
 class Executor:
@@ -101,6 +62,7 @@ class Executor:
         timeline: What ran when, of some iterations.
         workspace: Where edges are.
         stream_runner: Runs plans where programs do not.
+        device_graphs: Iterations of decodes that the device has recorded.
     """
 
     def __init__(
@@ -119,6 +81,7 @@ class Executor:
         asynchronous: bool = False,
         communicator: Communicator | None = None,
         programs: bool = True,
+        graph_sizes: tuple[int, ...] = (),
         timeline_every: int = 0,
     ) -> None:
         """Bind the graph to its weights and plan the workspace.
@@ -138,6 +101,8 @@ class Executor:
             communicator: Of the ranks that run the same batches; None for one alone.
             programs: Whether native operations of a CPU are recorded once and run without Python;
                 False gives them to one lane from Python, one by one: the slow twin.
+            graph_sizes: Decodes of the batches that are captured as graphs of the device; with any,
+                the last page of `kv_layers` is of no request.
             timeline_every: One of so many iterations has its times noted; 0: none.
 
         Raises:
@@ -177,7 +142,7 @@ class Executor:
         self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
         self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[LaunchedIteration] = deque()
         self._program_runner: ProgramRunner | None = None
         if isinstance(self._api, CpuDevice) and programs:
             self._program_runner = ProgramRunner(
@@ -186,9 +151,19 @@ class Executor:
                 max_requests=min(max_requests + MAX_NANO_BATCHES, max_tokens),
                 max_selected=max_requests,
             )
-        self._policy = OverlapPolicy(graph)
-        if policy is not None:
-            self.set_policy(policy)
+        self.device_graphs = DeviceGraphs(
+            self._api,
+            self.stream_runner,
+            self._schedules,
+            operations,
+            self._activations,
+            device=self._device,
+            sizes=graph_sizes,
+            num_pages=-(-len(cos_sin) // page_size),
+            page_size=page_size,
+            padding_page=len(kv_layers[0][0]) - 1,
+        )
+        self.set_policy(policy or OverlapPolicy(graph))
 
     @property
     def workspace_bytes(self) -> int:
@@ -220,6 +195,12 @@ class Executor:
             ) from error
         self._policy = policy
         self.timeline.gain = OverlapGain()
+        self._capture()
+
+    def _capture(self) -> None:
+        """Capture the device graphs of the policy's plans."""
+        with torch.inference_mode(), self._api.stream:
+            self.device_graphs.capture(lambda decodes: self._policy.choose(decodes, decodes).plan)
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan that is not legal, before a batch asks for it."""
@@ -306,15 +287,23 @@ class Executor:
         sampling = self.sampler.plan(batch)
         if self.before_launch is not None:
             self.before_launch(batch, page_tables, sampling.prompt_rows, choice.plan)
-        num_selected = len(sampling.slots) + len(sampling.prompt_rows)
-        division = _divide(batch, choice.plan, num_selected)
-        schedule = self._schedules.get(choice.plan, division.structure, notices=offload is not None)
-        moved = self._activations.reserve_selected(num_selected)
-        if moved and self._program_runner is not None:
-            self._program_runner.rebind(self._activations.num_selected)
+        graph = None
+        if not (timed or len(sampling.prompt_rows) or choice.reason is Reason.HOOKS):
+            graph = self.device_graphs.find(choice.plan, batch)
+        padded = batch
+        if graph is not None:
+            padded, page_tables = self.device_graphs.pad(graph, batch, page_tables)
+            division, schedule = graph.division, graph.schedule
+        else:
+            num_selected = len(sampling.slots) + len(sampling.prompt_rows)
+            self._reserve_selected(num_selected)
+            division = _divide(batch, choice.plan, num_selected)
+            schedule = self._schedules.get(
+                choice.plan, division.structure, notices=offload is not None
+            )
         buffer = self._ring.acquire()
         staged = stage(
-            batch,
+            padded,
             division,
             schedule.layout,
             page_tables,
@@ -323,13 +312,33 @@ class Executor:
             sampling.arrays,
             buffer,
         )
+        trace = None
         with torch.inference_mode(), self._api.stream as stream:
             buffer.upload()
             # On a CPU the arrays stay where they are, and are read to the end.
             uploaded = None if self._device.type == "cpu" else stream.record()
-            launched = self._run(batch, staged, sampling, choice, schedule, offload, timed)
+            if staged.has_unknown_tokens:
+                self._operations["feed_sampled"](
+                    token_ids=buffer.on_device(BatchInput.TOKEN_IDS.name),
+                    slots=buffer.on_device("slot_of_row"),
+                    last_sampled=self._last_sampled,
+                )
+            if graph is not None:
+                self.device_graphs.launch(graph, staged, buffer, offload)
+            else:
+                times = self._forward(staged, choice, schedule, offload, timed)
+                if timed and times is not None:
+                    trace = IterationTrace.of(batch, schedule, division, choice.reason), times
+            launched = self._sample(batch, staged, sampling, buffer, trace)
         self._ring.release(uploaded or launched.done)
         self._launched.append(launched)
+
+    def _reserve_selected(self, count: int) -> None:
+        """Have room for so many rows whose logits are wanted."""
+        if self._activations.reserve_selected(count):  # and edges have moved
+            if self._program_runner is not None:
+                self._program_runner.rebind(self._activations.num_selected)
+            self._capture()
 
     def call(self, function: Callable[[], object]) -> None:
         """Have a function called on the device, behind what was launched."""
@@ -375,42 +384,42 @@ class Executor:
             return Choice(sequential, Reason.ONE_NANO_BATCH)
         return choice
 
-    def _run(
+    def _forward(
         self,
-        batch: Batch,
         staged: StagedBatch,
-        plan: SamplingPlan,
         choice: Choice,
         schedule: Schedule,
         offload: IterationOffload | None,
         timed: bool,
-    ) -> _Launched:
-        """Give all work of an iteration to the device."""
-        stream, buffer = self._api.stream, staged.buffer
-        if staged.has_unknown_tokens:
-            self._operations["feed_sampled"](
-                token_ids=buffer.on_device(BatchInput.TOKEN_IDS.name),
-                slots=buffer.on_device("slot_of_row"),
-                last_sampled=self._last_sampled,
-            )
+    ) -> NodeTimes | None:
+        """Give a plan's operations to the device."""
         self._operations.prepare(staged.attention(schedule.attention))
         streams = self._api.streams(choice.plan)
-        times: NodeTimes | None
         if self._program_runner is not None and choice.reason is not Reason.HOOKS:
-            times = self._program_runner.run(schedule, staged, streams, offload)
-        else:
-            times = self.stream_runner.run(
-                schedule,
-                staged,
-                streams if self._program_runner is None else [stream] * len(streams),
-                offload,
-                timed=timed,
-                before_layer=self.before_layer,
-                after_layer=self.after_layer,
-            )
+            return self._program_runner.run(schedule, staged, streams, offload)
+        return self.stream_runner.run(
+            schedule,
+            staged,
+            streams if self._program_runner is None else [self._api.stream] * len(streams),
+            offload,
+            timed=timed,
+            before_layer=self.before_layer,
+            after_layer=self.after_layer,
+        )
+
+    def _sample(
+        self,
+        batch: Batch,
+        staged: StagedBatch,
+        plan: SamplingPlan,
+        buffer: StagingBuffer,
+        trace: tuple[IterationTrace, NodeTimes] | None,
+    ) -> LaunchedIteration:
+        """Have tokens chosen by the logits, where they will be."""
+        stream = self._api.stream
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
-        logits = self._activations.rows("logits", 0, staged.num_selected, schedule.layout)
+        logits = self._activations.rows("logits", 0, staged.num_selected, staged.layout)
         if num_sampled:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
             if self._collectives:  # zero on all ranks but the one that samples
@@ -422,10 +431,7 @@ class Executor:
             )
             sampled = to_host(sampled)
         prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:], stream)
-        trace = None
-        if timed and times is not None:
-            trace = IterationTrace.of(batch, schedule, staged.division, choice.reason), times
-        return _Launched(batch, sampled, logprobs, prompt_logprobs, stream.record(), trace)
+        return LaunchedIteration(batch, sampled, logprobs, prompt_logprobs, stream.record(), trace)
 
 
 def _divide(batch: Batch, plan: Plan, num_selected: int) -> Division:

@@ -40,6 +40,7 @@ def make_kv_cache(
     numerics: str,
     recorder: Recorder | None = None,
     copier: Copier | None = None,
+    spare_pages: int = 0,
 ) -> KVCache:
     """The KV cache of one rank.
 
@@ -53,6 +54,7 @@ def make_kv_cache(
         numerics: What besides decides the last bits of the KV; only looked at for an SSD tier.
         recorder: Writes down what decides the decisions of the cache.
         copier: Copies pages; by default that of the device.
+        spare_pages: Of the device, that no request is given.
 
     Raises:
         ModelLoadError: A tier cannot be had.
@@ -79,6 +81,7 @@ def make_kv_cache(
             device=device,
             prefix_caching=config.enable_prefix_caching,
             host_bytes=host_tier_bytes(config),
+            spare_pages=spare_pages,
             **options,
         )
     except BaseException as error:

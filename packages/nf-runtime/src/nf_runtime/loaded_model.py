@@ -20,6 +20,7 @@ from nf_runtime.memory_plan import MemoryPlan, plan_memory
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.model_source import find_model
 from nf_runtime.models import decoder_graph, find_family, read_config
+from nf_runtime.padded_decodes import graph_sizes
 from nf_runtime.parallelism import Shard
 from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.replay.recorder import Recorder
@@ -79,7 +80,12 @@ class LoadedModel:
             numerics=self.operations.name + (" deterministic" if self.config.deterministic else ""),
             recorder=recorder,
             copier=copier,
+            spare_pages=min(1, len(self._graph_sizes)),
         )
+
+    @property
+    def _graph_sizes(self) -> tuple[int, ...]:
+        return graph_sizes(self.config, self.device.type)
 
     def make_executor(
         self,
@@ -111,6 +117,7 @@ class LoadedModel:
             asynchronous=config.async_scheduling,
             communicator=communicator,
             programs=config.native_programs,
+            graph_sizes=self._graph_sizes,
             timeline_every=timeline_every,
         )
 

@@ -19,6 +19,7 @@ from nf_runtime.graph import ElementType, LayerGraph, Rows
 from nf_runtime.kv_tiers import host_tier_bytes
 from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import decoder_graph, find_family, layer_weights, model_weights
+from nf_runtime.padded_decodes import graph_sizes
 from nf_runtime.parallelism import WHOLE, Shard
 from nf_runtime.pipeline.workspace import plan_workspace
 
@@ -31,6 +32,10 @@ _GPU_RESERVE = 0.03
 # What libraries allocate on a GPU when they first run: kernels, workspaces of cuBLAS and of
 # FlashInfer. An estimate: not measured on a GPU yet.
 _GPU_LIBRARY_BYTES = 1 << 30
+# Device graphs have FlashInfer's workspace once more, and for each size a plan of attention for
+# each of two windows, of 8 MiB.
+_GPU_GRAPHS_BYTES = 256 << 20
+_GPU_GRAPH_BYTES = 16 << 20
 
 # Per logit of a sampled row, beside the logit: log-probabilities in float32; with plain torch the
 # values and indices of a sort, probabilities and their sums.
@@ -147,6 +152,9 @@ def plan_memory(
     if weights is None:
         weights = weight_bytes(model, dtype, shard)
     workspace = workspace_bytes(config, model, dtype, memory.kind, wanted_len)
+    if sizes := graph_sizes(config, memory.kind):
+        workspace += _GPU_GRAPHS_BYTES + len(sizes) * _GPU_GRAPH_BYTES
+        workspace += page_bytes  # the page of what fills up their batches
     host_tier = host_tier_bytes(config) if memory.kind == "cpu" else 0
     reserve = int(memory.total_bytes * (_CPU_RESERVE if memory.kind == "cpu" else _GPU_RESERVE))
     room = memory.free_bytes - workspace - host_tier - (0 if is_loaded else weights)

@@ -10,7 +10,7 @@ from nf_kernels.ops import AttentionBatch
 from nf_runtime.graph import BatchInput, Rows
 from nf_runtime.pipeline.division import Division
 from nf_runtime.pipeline.workspace import Layout
-from nf_runtime.staging import StagingBuffer
+from nf_runtime.staging import Arrays, StagingBuffer
 from nf_scheduler import Batch
 
 
@@ -30,7 +30,7 @@ class StagedBatch:
     layout: Layout
     num_selected: int
     has_unknown_tokens: bool
-    buffer: StagingBuffer
+    buffer: Arrays
     _rebased: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -70,11 +70,14 @@ class StagedBatch:
             return self._rebased[requests]
         return whole[requests[0] : requests[1]]
 
-    def attention(self, groups: Iterable[tuple[Rows, int, int]]) -> list[AttentionBatch]:
+    def attention(
+        self, groups: Iterable[tuple[Rows, int, int]], *, device_graph: object | None = None
+    ) -> list[AttentionBatch]:
         """Index arrays of attention, on the device and on the host.
 
         Args:
             groups: Token range, first nano-batch and the one behind the last of each operation.
+            device_graph: As `AttentionBatch.device_graph`.
         """
         batches = []
         for rows, first, end in dict.fromkeys(groups):
@@ -92,6 +95,7 @@ class StagedBatch:
                 self.input(lens, own, requests),
                 host_page_table=self.buffer.host(table.name)[part],
                 host_seq_lens=self.buffer.host(lens.name)[part],
+                device_graph=device_graph,
             )
             if rows is Rows.PREFILL:
                 start = BatchInput.PREFILL_QUERY_START

@@ -1,6 +1,6 @@
 """Arrays on their way to the device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,16 @@ class Guard(Protocol):
 
     def wait(self) -> None:
         """Wait until then."""
+
+
+class Arrays(Protocol):
+    """Arrays by name, on the host and on the device."""
+
+    def host(self, name: str) -> Tensor:
+        """An array in the memory of the host."""
+
+    def on_device(self, name: str) -> Tensor:
+        """The same on the device."""
 
 
 class StagingBuffer:
@@ -69,6 +79,16 @@ class StagingBuffer:
         part = self._on_device[start : start + array.nbytes]
         return part.view(_DTYPES[array.dtype]).view(array.shape)
 
+    def region(self, names: Sequence[str]) -> tuple[Tensor, dict[str, int]]:
+        """The device's memory that begins with some arrays, uint8 [bytes], and where each begins.
+
+        Args:
+            names: Of those that `fill` was given first, in that order.
+        """
+        starts = {name: self._arrays[name][0] for name in names}
+        end = max(starts[name] + self._arrays[name][1].nbytes for name in names)
+        return self._on_device[:end], starts
+
     def _allocate(self, size: int) -> Tensor:
         """Room for `size` bytes and some more: the next iterations need a little more each."""
         rounded = 1 << max(size - 1, 4095).bit_length()
@@ -78,6 +98,44 @@ class StagingBuffer:
 _DTYPES = {
     np.dtype(name): getattr(torch, name) for name in ("bool", "int32", "int64", "float32", "uint8")
 }
+
+
+class FixedArrays:
+    """Arrays that stay where they are on the device, whichever buffer their numbers come from.
+
+    Args:
+        buffer: Which has been sent, with arrays of the shapes that all will have.
+        names: Of its first arrays.
+    """
+
+    def __init__(self, buffer: StagingBuffer, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        memory, self._starts = buffer.region(self._names)
+        self._memory = memory.clone()
+        self._buffer = buffer
+
+    def take(self, buffer: StagingBuffer) -> None:
+        """Copy the numbers of a buffer, in the order of the device's work after its `upload`.
+
+        Raises:
+            RuntimeError: Its arrays have other shapes.
+        """
+        memory, starts = buffer.region(self._names)
+        if starts != self._starts or len(memory) != len(self._memory):
+            raise RuntimeError("the arrays of the buffer have other shapes than the first ones had")
+        self._memory.copy_(memory)
+        self._buffer = buffer
+
+    def host(self, name: str) -> Tensor:
+        """An array that was taken last, in the memory of the host."""
+        return self._buffer.host(name)
+
+    def on_device(self, name: str) -> Tensor:
+        """An array where it stays."""
+        array = self._buffer.host(name)
+        start = self._starts[name]
+        part = self._memory[start : start + array.nbytes]
+        return part.view(array.dtype).view(array.shape)
 
 
 class StagingRing:

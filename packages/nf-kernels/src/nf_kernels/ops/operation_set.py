@@ -37,6 +37,10 @@ class AttentionBatch:
         host_page_table: The same numbers as `page_table` in host memory, or None.
         host_seq_lens: Likewise. Without it the host waits for the device to read `seq_lens`.
         host_query_start: Likewise.
+        device_graph: Stands for the device graph that holds the operation, or is about to; None for
+            one that is called. A graph is launched again with other numbers in the same arrays:
+            what is planned for it lies where the graph reads it, is planned anew whenever it is
+            announced, and lives as long as this object.
     """
 
     page_table: Tensor
@@ -45,6 +49,7 @@ class AttentionBatch:
     host_page_table: Tensor | None = None
     host_seq_lens: Tensor | None = None
     host_query_start: Tensor | None = None
+    device_graph: object | None = None
 
     def on_host(self) -> tuple[Tensor, Tensor]:
         """`seq_lens` and `query_start` in host memory; one query of each request by default."""

@@ -213,5 +213,9 @@ class CudaLane:
             self._context.leave()
 
     def keep(self, arguments: Mapping[str, Any]) -> None:
-        """Hold the arguments of a queued operation until the lane is through with it."""
-        self._kept.add(arguments, self)
+        """Hold the arguments of a queued operation until the lane is through with it.
+
+        Those of a captured one are for the owner of the graph to hold.
+        """
+        if not self._runtime.is_capturing():  # an event of a capture tells nothing of the device
+            self._kept.add(arguments, self)

@@ -60,6 +60,9 @@ class Runtime(Protocol):
     def create_event(self) -> Any:
         """A torch event with a time."""
 
+    def is_capturing(self) -> bool:
+        """Whether this thread's work goes to a CUDA graph."""
+
 
 class CudaRuntime:
     """`Runtime` by torch and cuda-bindings; the latter is looked for when it is needed.
@@ -130,6 +133,10 @@ class CudaRuntime:
     def create_event(self) -> Any:
         """As `Runtime.create_event`."""
         return torch.cuda.Event(enable_timing=True)
+
+    def is_capturing(self) -> bool:
+        """As `Runtime.is_capturing`."""
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _driver() -> Any:

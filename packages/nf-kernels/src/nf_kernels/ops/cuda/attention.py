@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from nf_kernels.ops.cuda.aligned_rows import finish, to_read, to_write
-from nf_kernels.ops.cuda.attention_plans import AttentionPlans, AttentionShape, StreamStates
+from nf_kernels.ops.cuda.attention_plans import AttentionPlans, AttentionShape
+from nf_kernels.ops.cuda.stream_states import StreamStates
 from nf_kernels.ops.cuda.support import takes_attention
 from nf_kernels.ops.operation_set import AttentionBatch
 

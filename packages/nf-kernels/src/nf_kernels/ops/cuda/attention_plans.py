@@ -10,6 +10,9 @@ the whole device, and no window; the rest is for later architectures.
 Index arrays could be recognized by their address, but their owner may write new numbers to the
 same memory. So a plan is kept only for arrays that `prepare` has announced, which must not change
 until it is called again; for others it is made at each call.
+
+A device graph launches the kernels of a plan again and again, from the memory in which the plan was
+when they were captured. Its plans have memory of their own, and `prepare` writes them anew.
 """
 
 from __future__ import annotations
@@ -18,13 +21,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nf_kernels.lanes.cuda import CudaLane, current_lane
+from nf_kernels.ops.cuda.stream_states import StreamState, StreamStates, Wrapper
 from nf_kernels.ops.operation_set import AttentionBatch
 
 # What FlashInfer's split of long sequences writes between its two steps. It wants
@@ -59,93 +62,8 @@ class AttentionShape:
     soft_cap: float
 
 
-class _Event(Protocol):
-    def query(self) -> bool: ...
-
-
-@dataclass(slots=True)
-class _Wrapper:
-    """A FlashInfer wrapper and its last plan.
-
-    Attributes:
-        flashinfer: The wrapper.
-        staged: When the device has read what the plan staged on the host.
-        rows: Queries that it is for.
-        last_page: The highest page that it uses; -1 where the host does not know the pages.
-    """
-
-    flashinfer: Any
-    staged: _Event | None = None
-    rows: int = 0
-    last_page: int = -1
-
-
-@dataclass(slots=True)
-class StreamState:
-    """Memory of the operations that run one after the other on a stream.
-
-    Attributes:
-        idle: Wrappers that no announced batch uses, by backend.
-        buffers: Memory by name, grown to the largest request.
-        whole_caches: Index arrays of all pages, by their number and size.
-    """
-
-    idle: dict[str, list[_Wrapper]] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    whole_caches: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
-
-    def buffer(self, name: str, size: int, device: torch.device) -> Tensor:
-        """Memory of at least `size` bytes, zero when it is new: uint8 [size].
-
-        It moves when it grows, and its old place may be given to others. A CUDA graph holds on to
-        the place it was captured with: run the largest sizes first, then capture.
-        """
-        kept = self.buffers.get(name)
-        if kept is None or kept.numel() < size:
-            kept = self.buffers[name] = torch.zeros(size, dtype=torch.uint8, device=device)
-        return kept[:size]
-
-    def whole_cache(
-        self, num_pages: int, page_size: int, device: torch.device
-    ) -> tuple[Tensor, ...]:
-        """A request's pages, first page and end, and length of the last: all that there are."""
-        kept = self.whole_caches.get((num_pages, page_size))
-        if kept is None:
-            numbers = ([*range(num_pages)], [0, num_pages], [page_size])
-            kept = tuple(torch.tensor(n, dtype=torch.int32, device=device) for n in numbers)
-            self.whole_caches[num_pages, page_size] = kept
-        return kept
-
-
-class StreamStates:
-    """The state of each stream; that of a lane goes with the lane. Safe for several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of_lanes: weakref.WeakKeyDictionary[CudaLane, StreamState] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._of_streams: dict[tuple[torch.device, int], StreamState] = {}
-
-    def current(self, device: torch.device) -> StreamState:
-        """That of the stream which this thread's operations on the device go to."""
-        lane = current_lane()
-        stream = 0
-        if lane is None and device.type == "cuda":
-            stream = torch.cuda.current_stream(device).cuda_stream
-        with self._lock:
-            if lane is not None:
-                state = self._of_lanes.get(lane)
-                if state is None:
-                    state = self._of_lanes[lane] = StreamState()
-                return state
-            state = self._of_streams.get((device, stream))
-            if state is None:
-                state = self._of_streams[device, stream] = StreamState()
-            return state
-
-
 _Key = tuple[tuple[int, ...], ...]
+_PlanKey = tuple[_Key, AttentionShape, int]  # and the identity of a stream's state
 
 
 def _key(page_table: Tensor, seq_lens: Tensor, query_start: Tensor | None) -> _Key:
@@ -173,7 +91,10 @@ class AttentionPlans:
         self._streams = streams
         self._lock = threading.Lock()
         self._announced: dict[_Key, AttentionBatch] = {}
-        self._planned: dict[tuple[_Key, AttentionShape, int], tuple[StreamState, _Wrapper]] = {}
+        self._planned: dict[_PlanKey, tuple[StreamState, Wrapper]] = {}
+        self._in_graphs: weakref.WeakKeyDictionary[object, dict[_PlanKey, Wrapper]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def prepare(self, batches: Sequence[AttentionBatch]) -> None:
         """As `OperationSet.prepare`."""
@@ -183,6 +104,15 @@ class AttentionPlans:
             self._planned.clear()
             # The batches are kept, so that nothing else can get their addresses.
             self._announced = {_key(b.page_table, b.seq_lens, b.query_start): b for b in batches}
+            anew = [
+                (wrapper, shape, batch)
+                for key, batch in self._announced.items()
+                if batch.device_graph is not None
+                for (of, shape, _), wrapper in self._in_graphs.get(batch.device_graph, {}).items()
+                if of == key
+            ]
+        for wrapper, shape, batch in anew:
+            self._plan(wrapper, shape, batch, num_pages=wrapper.num_pages, rows=wrapper.rows)
 
     @contextmanager
     def planned(
@@ -212,6 +142,10 @@ class AttentionPlans:
         state = self._streams.current(page_table.device)
         with self._lock:
             batch = self._announced.get(key)
+        if batch is not None and batch.device_graph is not None:
+            yield self._of_graph(batch, (key, shape, id(state)), state, num_pages, rows).flashinfer
+            return
+        with self._lock:
             found = self._planned.get((key, shape, id(state)))
             if found is not None:
                 wrapper = found[1]
@@ -236,14 +170,51 @@ class AttentionPlans:
                 with self._lock:
                     state.idle.setdefault(shape.backend, []).append(wrapper)
 
-    def _idle(self, state: StreamState, backend: str, device: torch.device) -> _Wrapper:
+    def _of_graph(
+        self, batch: AttentionBatch, key: _PlanKey, state: StreamState, num_pages: int, rows: int
+    ) -> Wrapper:
+        """The wrapper of a device graph, planned by the call that comes before the captured one."""
+        with self._lock:
+            kept = self._in_graphs.setdefault(batch.device_graph, {})
+            wrapper = kept.get(key)
+        if wrapper is None:
+            shape = key[1]
+            wrapper = self._for_graph(state, shape.backend, batch)
+            self._plan(wrapper, shape, batch, num_pages=num_pages, rows=rows)
+            with self._lock:
+                kept[key] = wrapper
+        return wrapper
+
+    def _for_graph(self, state: StreamState, backend: str, batch: AttentionBatch) -> Wrapper:
+        """A new wrapper whose plans are always in the same memory."""
+        requests, entries = batch.page_table.shape
+        device = batch.page_table.device
+        sizes = (requests + 1, requests + 1, requests * entries, requests)
+        query_start, indptr, indices, last = (
+            torch.empty(size, dtype=torch.int32, device=device) for size in sizes
+        )
+        return Wrapper(
+            self._flashinfer().BatchPrefillWithPagedKVCacheWrapper(
+                state.buffer("attention", WORKSPACE_BYTES, device),
+                kv_layout="HND",
+                backend=backend,
+                use_cuda_graph=True,
+                qo_indptr_buf=query_start,
+                paged_kv_indptr_buf=indptr,
+                paged_kv_indices_buf=indices,
+                paged_kv_last_page_len_buf=last,
+            ),
+            in_graph=True,
+        )
+
+    def _idle(self, state: StreamState, backend: str, device: torch.device) -> Wrapper:
         """A wrapper whose host memory the device has done reading; a new one rather than wait."""
         idle = state.idle.setdefault(backend, [])
         for i, wrapper in enumerate(idle):
             if wrapper.staged is None or wrapper.staged.query():
                 return idle.pop(i)
         workspace = state.buffer("attention", WORKSPACE_BYTES, device)
-        return _Wrapper(
+        return Wrapper(
             self._flashinfer().BatchPrefillWithPagedKVCacheWrapper(
                 workspace, kv_layout="HND", backend=backend
             )
@@ -251,7 +222,7 @@ class AttentionPlans:
 
     def _plan(
         self,
-        wrapper: _Wrapper,
+        wrapper: Wrapper,
         shape: AttentionShape,
         batch: AttentionBatch,
         *,
@@ -265,7 +236,12 @@ class AttentionPlans:
         torch.cumsum(pages, dim=0, out=indptr[1:])
         # Entries of the table past the end of a request may hold anything and are left out.
         indices, last_page = _used_entries(batch, pages, num_pages)
-        wrapper.rows, wrapper.last_page = rows, last_page
+        wrapper.rows, wrapper.last_page, wrapper.num_pages = rows, last_page, num_pages
+        if wrapper.in_graph:
+            # FlashInfer's copy from the host would hold it up until the device is idle.
+            indices = _gather_used(batch.page_table, pages)
+            if wrapper.staged is not None:
+                wrapper.staged.synchronize()
         try:
             wrapper.flashinfer.plan(
                 query_start,
@@ -316,14 +292,18 @@ def _check_page(page: int, num_pages: int) -> None:
         raise ValueError(f"page_table has {page} in use; expected 0 to {num_pages - 1}")
 
 
+def _gather_used(table: Tensor, pages: Tensor) -> Tensor:
+    """The entries in use, request by request, where the table is; `pages` is on the host."""
+    used = torch.arange(table.shape[1]) < pages.unsqueeze(1)
+    where = used.flatten().nonzero().squeeze(1).to(table.device, non_blocking=True)
+    return table.reshape(-1).index_select(0, where)
+
+
 def _used_entries(batch: AttentionBatch, pages: Tensor, num_pages: int) -> tuple[Tensor, int]:
     """The table's entries that are in use, int32, request by request, and the highest; or -1."""
     if batch.host_page_table is None:
         # On the device, where the table is: its entries are not seen here and not checked.
-        table = batch.page_table
-        used = torch.arange(table.shape[1]) < pages.unsqueeze(1)
-        where = used.flatten().nonzero().squeeze(1).to(table.device, non_blocking=True)
-        return table.reshape(-1).index_select(0, where), -1
+        return _gather_used(batch.page_table, pages), -1
     table = batch.host_page_table
     entries = table[torch.arange(table.shape[1]) < pages.unsqueeze(1)]
     lowest, highest = (int(end) for end in entries.aminmax())

@@ -16,7 +16,7 @@ from nf_kernels.ops import reference
 from nf_kernels.ops.cuda.aligned_rows import ALIGNMENT, finish, is_aligned, to_read, to_write
 from nf_kernels.ops.cuda.arguments import Arguments
 from nf_kernels.ops.cuda.attention import PagedAttention
-from nf_kernels.ops.cuda.attention_plans import StreamStates
+from nf_kernels.ops.cuda.stream_states import StreamStates
 from nf_kernels.ops.cuda.support import (
     flashinfer,
     takes_grouped,

@@ -1,0 +1,64 @@
+"""Work that a device records once, and does again at one call: CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class DeviceGraph(Protocol):
+    """Recorded work. What it reads and writes stays where it was; what is there may change."""
+
+    def launch(self) -> None:
+        """Give it to the device, behind what was given before."""
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def launch(self) -> None:
+        """As `DeviceGraph.launch`, in the order of the current stream."""
+        self._graph.replay()
+
+
+class CudaGraphCapture:
+    """Makes graphs that are launched one after the other, and so share memory.
+
+    Work on lanes of green contexts stays on their SMs: their streams are part of the capture by the
+    events that order them.
+
+    Args:
+        device: Which.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # One stream for all: what operations keep for a stream is there when the capture begins.
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], object]) -> DeviceGraph:
+        """Do some work, and record it.
+
+        Args:
+            work: Gives it to the current stream, and to others that wait for it and that it waits
+                for in the end. Called twice: what is made by a first call cannot be captured.
+
+        Raises:
+            RuntimeError: Some of it cannot be captured, such as one that waits for the device.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            work()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on to copy KV.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            work()
+        current.wait_stream(self._stream)
+        return _CudaGraph(graph)

@@ -1,0 +1,237 @@
+"""Whole iterations of decodes as device graphs: one launch in place of one per operation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nf_kernels.ops import OperationSet
+from nf_kvcache import IterationOffload
+from nf_runtime.activations import Activations
+from nf_runtime.device_api import DeviceApi
+from nf_runtime.device_graph import DeviceGraph
+from nf_runtime.padded_decodes import no_decodes, pad_decodes
+from nf_runtime.pipeline.division import Division, divide
+from nf_runtime.pipeline.plan import Plan
+from nf_runtime.pipeline.schedule import Schedule
+from nf_runtime.pipeline.schedules import Schedules
+from nf_runtime.staged_batch import INPUTS, StagedBatch, stage
+from nf_runtime.staging import FixedArrays, StagingBuffer
+from nf_runtime.stream_runner import StreamRunner
+from nf_scheduler import Batch
+
+_log = logging.getLogger(__name__)
+
+_ROUNDS = 5  # of launches that are timed
+_LEAST_GAIN = 1.02  # of a graph, for which it is kept
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGraph:
+    """A batch of some number of decodes by one plan, as the device has recorded it.
+
+    Attributes:
+        size: Decodes of it.
+        plan: By which it runs.
+        division: How that cuts it.
+        schedule: That was recorded.
+        arrays: Which it reads.
+        work: What was recorded.
+        gain: Time of the same by streams over time by graph.
+    """
+
+    size: int
+    plan: Plan
+    division: Division
+    schedule: Schedule
+    arrays: FixedArrays
+    work: DeviceGraph
+    gain: float
+
+
+class DeviceGraphs:
+    """Captures iterations of decodes, and launches those that gain by it.
+
+    Args:
+        api: The device.
+        runner: Gives a schedule to its streams.
+        schedules: Where they come from.
+        operations: That it consists of.
+        activations: Where edges are.
+        device: Where arrays go.
+        sizes: Decodes of a batch, ascending; smaller batches are filled up.
+        num_pages: The most that a request has.
+        page_size: Token slots of a page.
+        padding_page: That no request has; K and V of what fills a batch up go there.
+
+    Attributes:
+        launches: Iterations that were launched as a graph; grows.
+    """
+
+    def __init__(
+        self,
+        api: DeviceApi,
+        runner: StreamRunner,
+        schedules: Schedules,
+        operations: OperationSet,
+        activations: Activations,
+        *,
+        device: torch.device,
+        sizes: tuple[int, ...],
+        num_pages: int,
+        page_size: int,
+        padding_page: int,
+    ) -> None:
+        self.launches = 0
+        self._api = api
+        self._device = device
+        self._runner = runner
+        self._schedules = schedules
+        self._operations = operations
+        self._activations = activations
+        self._sizes = sizes
+        self._num_pages = num_pages
+        self._page_size = page_size
+        self._padding_page = padding_page
+        self._captured: dict[int, DecodeGraph] = {}
+
+    @property
+    def captured(self) -> tuple[DecodeGraph, ...]:
+        """Those that are in use, the largest first."""
+        return tuple(self._captured.values())
+
+    def capture(self, plan_of: Callable[[int], Plan]) -> None:
+        """Capture a graph for each size, in place of those before.
+
+        Those stay that are faster than their streams and give the same logits.
+
+        Args:
+            plan_of: Tells by which plan so many decodes run.
+        """
+        self._captured.clear()
+        started = time.perf_counter()
+        gains = {}
+        for size in reversed(self._sizes):
+            try:
+                graph = self._capture(plan_of(size), size)
+            except RuntimeError as error:
+                _log.warning(
+                    "decodes run without device graphs: that of %d cannot be captured: %s",
+                    size,
+                    error,
+                )
+                self._captured.clear()
+                return
+            gains[size] = graph.gain
+            if graph.gain >= _LEAST_GAIN:
+                self._captured[size] = graph
+        if self._sizes:
+            _log.info(
+                "device graphs of decodes, by size their gain over streams (used from %.2f): %s; "
+                "captured in %.1f s",
+                _LEAST_GAIN,
+                ", ".join(f"{size}: {gains[size]:.2f}" for size in self._sizes),
+                time.perf_counter() - started,
+            )
+
+    def find(self, plan: Plan, batch: Batch) -> DecodeGraph | None:
+        """The graph by which a plan runs a batch, if there is one."""
+        count = batch.num_decodes
+        if not self._captured or batch.num_tokens != count or not batch.samples.all():
+            return None
+        size = next((size for size in self._sizes if size >= count), 0)
+        graph = self._captured.get(size)
+        return graph if graph is not None and graph.plan is plan else None
+
+    def pad(
+        self, graph: DecodeGraph, batch: Batch, page_tables: np.ndarray
+    ) -> tuple[Batch, np.ndarray]:
+        """A batch as its graph takes it; `pad_decodes`."""
+        return self._pad(batch, page_tables, graph.size)
+
+    def launch(
+        self,
+        graph: DecodeGraph,
+        staged: StagedBatch,
+        buffer: StagingBuffer,
+        offload: IterationOffload | None,
+    ) -> None:
+        """Give an iteration to the device.
+
+        Args:
+            graph: Of its size.
+            staged: The padded batch.
+            buffer: That it was staged in, uploaded.
+            offload: Told of each layer's K and V, before and after all of them.
+        """
+        self._prepare(graph.schedule, staged, buffer, graph.arrays)
+        layers = range(len(graph.schedule.graph.layers))
+        if offload is not None:
+            for layer in layers:
+                self._api.stream.call(partial(offload.before_append, layer))
+        graph.work.launch()
+        if offload is not None:
+            for layer in layers:
+                self._api.stream.call(partial(offload.after_append, layer))
+        self.launches += 1
+
+    def _capture(self, plan: Plan, size: int) -> DecodeGraph:
+        """A graph, and what it gains.
+
+        Raises:
+            RuntimeError: It cannot be captured, or computes something else than its streams.
+        """
+        batch, tables = self._pad(no_decodes(), np.zeros((0, 0), dtype=np.int32), size)
+        nothing = np.zeros(0, dtype=np.int64)
+        division = divide(plan.nano_batches, size, nothing, selected=size)
+        schedule = self._schedules.get(plan, division.structure, notices=False)
+        buffer = StagingBuffer(self._device)
+        staged = stage(
+            batch, division, schedule.layout, tables, self._page_size, nothing, {}, buffer
+        )
+        buffer.upload()
+        arrays = FixedArrays(buffer, [source.name for source in INPUTS])
+        fixed = self._prepare(schedule, staged, buffer, arrays)
+        run = partial(self._runner.run, schedule, fixed, self._api.streams(plan), None)
+        work = self._api.capture(run)
+        logits = self._activations.rows("logits", 0, size, schedule.layout)
+        by_streams, expected = self._time(run, logits)
+        by_graph, got = self._time(work.launch, logits)
+        if not torch.equal(got, expected):
+            furthest = float((got - expected).abs().max())
+            raise RuntimeError(f"its logits are up to {furthest:g} from those of its streams")
+        return DecodeGraph(size, plan, division, schedule, arrays, work, by_streams / by_graph)
+
+    def _prepare(
+        self, schedule: Schedule, staged: StagedBatch, buffer: StagingBuffer, arrays: FixedArrays
+    ) -> StagedBatch:
+        """Bring a batch to where its graph reads it, and announce its attention."""
+        arrays.take(buffer)
+        fixed = replace(staged, buffer=arrays)
+        self._operations.prepare(fixed.attention(schedule.attention, device_graph=arrays))
+        return fixed
+
+    def _time(self, work: Callable[[], object], logits: Tensor) -> tuple[float, Tensor]:
+        """Seconds of some work, and the logits that it writes."""
+        seconds = []
+        for _ in range(_ROUNDS):
+            logits.zero_()
+            self._api.synchronize()
+            started = time.perf_counter()
+            work()
+            self._api.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return median(seconds), logits.clone()
+
+    def _pad(self, batch: Batch, page_tables: np.ndarray, size: int) -> tuple[Batch, np.ndarray]:
+        return pad_decodes(
+            batch, page_tables, size=size, num_pages=self._num_pages, page=self._padding_page
+        )
