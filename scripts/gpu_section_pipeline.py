@@ -64,6 +64,8 @@ def pipeline(bench: Bench, report: Report) -> None:
             )
         )
         try:
+            for size, gain in engine.executor.device_graphs.gains.items():
+                report.row(graph="sequential", decodes=size, gain=gain)
             plans = []
             for name, template in TEMPLATES.items():
                 try:

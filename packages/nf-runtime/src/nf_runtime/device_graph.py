@@ -1,4 +1,7 @@
-"""Work that a device records once, and does again at one call: CUDA graphs."""
+"""Work that a device records once, and does again at one call: CUDA graphs.
+
+Not yet run on a device; docs/gpu-status.md says what is.
+"""
 
 from __future__ import annotations
 

@@ -74,6 +74,7 @@ class DeviceGraphs:
 
     Attributes:
         launches: Iterations that were launched as a graph; grows.
+        gains: For each size that was captured, the time by streams by that as a graph.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class DeviceGraphs:
         padding_page: int,
     ) -> None:
         self.launches = 0
+        self.gains: dict[int, float] = {}
         self._api = api
         self._device = device
         self._runner = runner
@@ -117,8 +119,8 @@ class DeviceGraphs:
             plan_of: Tells by which plan so many decodes run.
         """
         self._captured.clear()
+        self.gains.clear()
         started = time.perf_counter()
-        gains = {}
         for size in reversed(self._sizes):
             try:
                 graph = self._capture(plan_of(size), size)
@@ -130,7 +132,7 @@ class DeviceGraphs:
                 )
                 self._captured.clear()
                 return
-            gains[size] = graph.gain
+            self.gains[size] = graph.gain
             if graph.gain >= _LEAST_GAIN:
                 self._captured[size] = graph
         if self._sizes:
@@ -138,7 +140,7 @@ class DeviceGraphs:
                 "device graphs of decodes, by size their gain over streams (used from %.2f): %s; "
                 "captured in %.1f s",
                 _LEAST_GAIN,
-                ", ".join(f"{size}: {gains[size]:.2f}" for size in self._sizes),
+                ", ".join(f"{size}: {self.gains[size]:.2f}" for size in self._sizes),
                 time.perf_counter() - started,
             )
 
