@@ -63,7 +63,6 @@ class AttentionShape:
 
 
 _Key = tuple[tuple[int, ...], ...]
-_PlanKey = tuple[_Key, AttentionShape, int]  # and the identity of a stream's state
 
 
 def _key(page_table: Tensor, seq_lens: Tensor, query_start: Tensor | None) -> _Key:
@@ -91,10 +90,10 @@ class AttentionPlans:
         self._streams = streams
         self._lock = threading.Lock()
         self._announced: dict[_Key, AttentionBatch] = {}
-        self._planned: dict[_PlanKey, tuple[StreamState, Wrapper]] = {}
-        self._in_graphs: weakref.WeakKeyDictionary[object, dict[_PlanKey, Wrapper]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._planned: dict[tuple[_Key, AttentionShape, int], tuple[StreamState, Wrapper]] = {}
+        self._in_graphs: weakref.WeakKeyDictionary[
+            object, dict[tuple[_Key, AttentionShape], Wrapper]
+        ] = weakref.WeakKeyDictionary()
 
     def prepare(self, batches: Sequence[AttentionBatch]) -> None:
         """As `OperationSet.prepare`."""
@@ -108,7 +107,7 @@ class AttentionPlans:
                 (wrapper, shape, batch)
                 for key, batch in self._announced.items()
                 if batch.device_graph is not None
-                for (of, shape, _), wrapper in self._in_graphs.get(batch.device_graph, {}).items()
+                for (of, shape), wrapper in self._in_graphs.get(batch.device_graph, {}).items()
                 if of == key
             ]
         for wrapper, shape, batch in anew:
@@ -143,7 +142,7 @@ class AttentionPlans:
         with self._lock:
             batch = self._announced.get(key)
         if batch is not None and batch.device_graph is not None:
-            yield self._of_graph(batch, (key, shape, id(state)), state, num_pages, rows).flashinfer
+            yield self._of_graph(batch, (key, shape), state, num_pages, rows).flashinfer
             return
         with self._lock:
             found = self._planned.get((key, shape, id(state)))
@@ -171,9 +170,17 @@ class AttentionPlans:
                     state.idle.setdefault(shape.backend, []).append(wrapper)
 
     def _of_graph(
-        self, batch: AttentionBatch, key: _PlanKey, state: StreamState, num_pages: int, rows: int
+        self,
+        batch: AttentionBatch,
+        key: tuple[_Key, AttentionShape],
+        state: StreamState,
+        num_pages: int,
+        rows: int,
     ) -> Wrapper:
-        """The wrapper of a device graph, planned by the call that comes before the captured one."""
+        """The wrapper of a device graph, planned by the call that comes before the captured one.
+
+        Its workspace is that of the stream of that call, whatever stream it is called on later.
+        """
         with self._lock:
             kept = self._in_graphs.setdefault(batch.device_graph, {})
             wrapper = kept.get(key)
