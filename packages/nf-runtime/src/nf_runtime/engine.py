@@ -25,6 +25,7 @@ from nf_runtime.model_source import find_model
 from nf_runtime.models import read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan_store import PlanTarget, find_policy, model_fingerprint
+from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.ranks.group import RankGroup
 from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
@@ -106,7 +107,7 @@ class Engine:
         )
         policy = self._find_policy(config.overlap)
         budgets = policy.budgets(config.batch_tokens)
-        num_pages, max_model_len = _plan_memory(loaded, group)
+        num_pages, max_model_len = _plan_memory(loaded, policy, group)
         copier = None
         if group is not None:
             self._communicator = group.connect(
@@ -377,21 +378,24 @@ def _start_ranks(config: EngineConfig) -> RankGroup:
     return RankGroup(config, pick_device(config.device, 0, config.tensor_parallel_size).type)
 
 
-def _plan_memory(loaded: LoadedModel, group: RankGroup | None) -> tuple[int, int]:
+def _plan_memory(
+    loaded: LoadedModel, policy: OverlapPolicy, group: RankGroup | None
+) -> tuple[int, int]:
     """Pages of KV and the greatest length, for which every rank has the room.
 
     Raises:
         ModelLoadError: A rank has too little.
     """
     if group is not None:
-        group.tell({"size": True})
-    own = asdict(loaded.plan_memory())
-    plans = [own] if group is None else [own, *group.collect("sized")]
-    for rank, plan in enumerate(plans):
+        plans = policy.plan_set
+        group.tell({"size": None if plans is None else plans.model_dump(mode="json")})
+    own = asdict(loaded.plan_memory(policy))
+    sized = [own] if group is None else [own, *group.collect("sized")]
+    for rank, plan in enumerate(sized):
         if plan["problem"] is not None:
-            where = f"rank {rank} of {len(plans)}: " if rank else ""
+            where = f"rank {rank} of {len(sized)}: " if rank else ""
             raise ModelLoadError(f"{where}{plan['problem']}; {', or '.join(plan['advice'])}")
-    smallest = min(plans, key=lambda plan: int(plan["num_pages"]))
+    smallest = min(sized, key=lambda plan: int(plan["num_pages"]))
     for advice in smallest["advice"]:
         _log.warning("%s", advice)
     return smallest["num_pages"], smallest["max_model_len"]

@@ -186,9 +186,7 @@ class Executor:
                 max_requests=min(max_requests + MAX_NANO_BATCHES, max_tokens),
                 max_selected=max_requests,
             )
-        self._policy = OverlapPolicy(graph)
-        if policy is not None:
-            self.set_policy(policy)
+        self.set_policy(OverlapPolicy(graph) if policy is None else policy)
 
     @property
     def workspace_bytes(self) -> int:
@@ -218,6 +216,9 @@ class Executor:
             raise PlanError(
                 f"plan {plan.name!r} cannot have its lanes on this device: {error}"
             ) from error
+        given_up = self._bound.reserve_scratch(policy.lanes_of("moe_experts"))
+        if given_up and self._program_runner is not None:  # its blocks would keep the scratch
+            self._program_runner.rebind(self._activations.num_selected)
         self._policy = policy
         self.timeline.gain = OverlapGain()
 

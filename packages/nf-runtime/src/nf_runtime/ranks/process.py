@@ -66,14 +66,17 @@ class RankProcess:
         from nf_kernels.collectives import connect
         from nf_kvcache.copier import make_copier
         from nf_runtime.loaded_model import load_model
-        from nf_runtime.pipeline.plan import Plan
-        from nf_runtime.pipeline.policy import Choice, Reason
+        from nf_runtime.pipeline.plan import Plan, PlanSet
+        from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
         from nf_runtime.ranks.following_sampler import FollowingSampler
 
         loaded = load_model(config, rank)
         self._send({"loaded": loaded.weights.num_bytes})
-        self._message("size")
-        self._send({"sized": asdict(loaded.plan_memory())})
+        plans = self._message("size")
+        policy = OverlapPolicy(
+            loaded.graph, None if plans is None else PlanSet.model_validate(plans)
+        )
+        self._send({"sized": asdict(loaded.plan_memory(policy))})
         start = self._message("start")
         communicator = connect(
             device=loaded.device,
@@ -85,7 +88,11 @@ class RankProcess:
         kv_cache = loaded.make_kv_cache(start["num_pages"], copier=copier)
         sampler = FollowingSampler(loaded.device)
         executor = loaded.make_executor(
-            kv_cache.layers, sampler, start["max_model_len"], communicator=communicator
+            kv_cache.layers,
+            sampler,
+            start["max_model_len"],
+            communicator=communicator,
+            policy=policy,
         )
         waiter = threading.Thread(target=self._wait_for_iterations, args=(executor,), daemon=True)
         waiter.start()
