@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 
 from nf_kernels import ops
-from nf_kernels.collectives import Communicator
 from nf_kernels.cost import Category
 from nf_kvcache.copier import make_copier
 from nf_runtime.config import EngineConfig
@@ -64,7 +63,6 @@ class Engine:
     ) -> None:
         self._clock = clock
         self._group = _start_ranks(config) if config.tensor_parallel_size > 1 else None
-        self._communicator: Communicator | None = None
         self._live: dict[str, _Live] = {}
         self._untold: list[TokenOutput] = []  # what came between two steps
         try:
@@ -108,11 +106,9 @@ class Engine:
         policy = self._find_policy(config.overlap)
         budgets = policy.budgets(config.batch_tokens)
         num_pages, max_model_len = _plan_memory(loaded, policy, group)
-        copier = None
+        communicator, copier = None, None
         if group is not None:
-            self._communicator = group.connect(
-                device, num_pages=num_pages, max_model_len=max_model_len
-            )
+            communicator = group.connect(device, num_pages=num_pages, max_model_len=max_model_len)
             copier = GroupCopier(make_copier(device), group)
         recorder = None if config.replay_log_dir is None else Recorder(config, clock=clock)
         self._recorder = recorder
@@ -137,7 +133,7 @@ class Engine:
             self.kv_cache.layers,
             self.sampler,
             max_model_len,
-            communicator=self._communicator,
+            communicator=communicator,
             policy=policy,
             timeline_every=config.timeline_every,
         )
@@ -321,8 +317,6 @@ class Engine:
     def _end_ranks(self) -> None:
         if self._group is not None:
             self._group.close()
-        if self._communicator is not None:
-            self._communicator.close()
 
     def watch_ranks(self, watcher: Callable[[str], None]) -> None:
         """Have a function called, on another thread, with the reason, when another rank ends.

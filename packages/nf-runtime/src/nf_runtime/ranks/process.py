@@ -43,6 +43,7 @@ class RankProcess:
         self._connection = connection
         self._frames: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
         self._launched: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False ends the waiting
+        self._is_serving = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def run(self) -> int:
@@ -96,6 +97,7 @@ class RankProcess:
         )
         waiter = threading.Thread(target=self._wait_for_iterations, args=(executor,), daemon=True)
         waiter.start()
+        self._is_serving = True
         self._send({"ready": True})
         choices: list[Choice] = []
         while True:
@@ -110,12 +112,15 @@ class RankProcess:
             elif kind is Kind.DUPLICATE:
                 pages = unpack_duplicate(body)
                 executor.call(partial(copier.duplicate, kv_cache.layers, *pages))
-            else:  # the only message left is to stop
-                self._launched.put(False)
-                waiter.join()
-                executor.close()
-                communicator.close()
-                return
+            else:  # what is left is to stop
+                break
+        self._launched.put(False)
+        waiter.join()
+        executor.close()
+        # Rank 0 leaves the group as well then: NCCL lets no rank leave alone.
+        self._send({"stopped": True})
+        communicator.close()
+        kv_cache.close()
 
     def _wait_for_iterations(self, executor: Any) -> None:
         try:
@@ -127,6 +132,8 @@ class RankProcess:
     def _read(self) -> None:
         with self._connection.makefile("rb") as stream:
             while (frame := receive(stream)) is not None:
+                if frame[0] is Kind.STOP and not self._is_serving:
+                    os._exit(0)  # in the middle of loading: there is nothing to end
                 self._frames.put(frame)
         os._exit(1)  # rank 0 is gone: there is nobody to clean up for
 
