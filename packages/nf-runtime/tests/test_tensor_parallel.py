@@ -269,6 +269,42 @@ def test_collectives_of_nano_batches(tiny_checkpoint: MakeCheckpoint) -> None:
     assert all(other == first for other in others)
 
 
+def test_swapped_plans_and_their_lanes_are_given_up_on_all_ranks(
+    tiny_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    llm = load(
+        tiny_checkpoint("mixtral", vocab_size=VOCAB_SIZE), 2, overlap="off", kv_cache_tokens=2048
+    )
+    with llm:
+        group: Any = llm.engine._group
+        own, other = (
+            Path(f"/proc/{pid}/task") for pid in (os.getpid(), *ranks_of(os.getpid()).values())
+        )
+        expected = tokens(run(llm))
+        without, plans = len(list(other.iterdir())), [len(group._plans)]
+        threads = []
+        for turn in range(6):
+            plan = TEMPLATES["nanoflow"](llm.engine.graph)
+            lanes = tuple(
+                lane.model_copy(update={"share": 0.2 + turn / 10 * (i % 2)})
+                for i, lane in enumerate(plan.lanes)
+            )
+            path = tmp_path / f"{turn}.json"
+            path.write_text(plan.model_copy(update={"lanes": lanes}).model_dump_json())
+            llm.engine.set_overlap(str(path))
+            assert tokens(run(llm)) == expected
+            threads.append((len(list(own.iterdir())), len(list(other.iterdir()))))
+            plans.append(len(group._plans))
+        assert threads == [threads[0]] * 6
+        assert threads[0][1] > without
+        assert max(plans) <= 2
+        with pytest.raises(PlanError, match="collectives on the lanes first, second"):
+            llm.engine.set_overlap("co-resident")
+        llm.engine.set_overlap("off")
+        assert tokens(run(llm)) == expected
+        assert len(list(other.iterdir())) == without
+
+
 # Faults
 
 FAILING = """

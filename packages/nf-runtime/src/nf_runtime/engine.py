@@ -254,7 +254,10 @@ class Engine:
         Raises:
             PlanError: It names no plan, or one that does not fit; then all stays as it was.
         """
-        self.executor.set_policy(self._find_policy(overlap))
+        policy = self._find_policy(overlap)
+        self.executor.set_policy(policy)
+        if self._group is not None:
+            self._group.set_policy(policy.plan_set)
 
     def node_costs(self) -> NodeCosts:
         """What nano-operations ask of the device."""

@@ -20,7 +20,7 @@ from nf_kernels import num_threads, set_num_threads
 from nf_kernels.collectives import Communicator, CommunicatorError, connect
 from nf_runtime.config import EngineConfig
 from nf_runtime.errors import EngineDeadError, ModelLoadError, NanoFlowError
-from nf_runtime.pipeline.plan import Plan
+from nf_runtime.pipeline.plan import Plan, PlanSet
 from nf_runtime.ranks.frames import (
     Kind,
     pack_duplicate,
@@ -59,7 +59,7 @@ class RankGroup:
         self._reason: str | None = None
         self._is_started = self._is_closing = False
         self._watchers: list[Callable[[str], None]] = []
-        self._plans: dict[Plan, int] = {}  # those that the other ranks know
+        self._plans: dict[Plan, int] = {}  # those that the other ranks know, of the last policy
         self._threads = (num_threads(), torch.get_num_threads())
         environment = dict(os.environ)
         if device == "cpu" and _THREADS not in environment:
@@ -144,6 +144,20 @@ class RankGroup:
             is_late = bool(self._lost)
         if is_late:
             watcher(str(self.failure()))
+
+    def set_policy(self, plan_set: PlanSet | None) -> None:
+        """Let the other ranks forget all plans, and have the lanes of others; what runs goes on.
+
+        Args:
+            plan_set: Those that will be run by, which rank 0 has found to fit; None is the
+                sequential plan.
+
+        Raises:
+            EngineDeadError: A rank has ended.
+        """
+        self._plans.clear()
+        body = "null" if plan_set is None else plan_set.model_dump_json()
+        self._broadcast(Kind.POLICY, body.encode())
 
     def launch(
         self, batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarray, plan: Plan

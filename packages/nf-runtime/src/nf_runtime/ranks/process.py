@@ -64,6 +64,8 @@ class RankProcess:
         )
         config = EngineConfig(**first["engine"])
         # Late: torch takes its time, and the reader should be there before.
+        from pydantic import TypeAdapter
+
         from nf_kernels.collectives import connect
         from nf_kvcache.copier import make_copier
         from nf_runtime.loaded_model import load_model
@@ -73,10 +75,8 @@ class RankProcess:
 
         loaded = load_model(config, rank)
         self._send({"loaded": loaded.weights.num_bytes})
-        plans = self._message("size")
-        policy = OverlapPolicy(
-            loaded.graph, None if plans is None else PlanSet.model_validate(plans)
-        )
+        plan_sets = TypeAdapter(PlanSet | None)
+        policy = OverlapPolicy(loaded.graph, plan_sets.validate_python(self._message("size")))
         self._send({"sized": asdict(loaded.plan_memory(policy))})
         start = self._message("start")
         communicator = connect(
@@ -106,6 +106,10 @@ class RankProcess:
                 batch, page_tables, sampler.prompt_rows, number = unpack_iteration(body)
                 executor.launch(batch, page_tables, choice=choices[number])
                 self._launched.put(True)
+            elif kind is Kind.POLICY:
+                policy = OverlapPolicy(loaded.graph, plan_sets.validate_json(body))
+                executor.set_policy(policy)
+                choices.clear()
             elif kind is Kind.PLAN:
                 plan = Plan.model_validate_json(body)
                 choices.append(Choice(plan, Reason.PLANNED))
