@@ -20,12 +20,24 @@ from nf_runtime.pipeline.workspace import plan_workspace
 LAYERS = 80
 
 
-def deep_graph(model: Path) -> LayerGraph:
+SPARSE = {"alike": (), "alternating": range(1, LAYERS, 2), "alternating_later": range(3, LAYERS, 2)}
+"""Which layers have a mixture of experts."""
+
+
+def deep_graph(model: Path, layers: str) -> LayerGraph:
     """80 layers on two ranks, which makes the collectives that some templates are about."""
     config = replace(read_config(model), num_layers=LAYERS, windows=(0,) * LAYERS)
+    if SPARSE[layers]:
+        config = replace(
+            config,
+            experts=8,
+            experts_per_token=2,
+            expert_intermediate_size=config.intermediate_size // 4,
+            sparse_layers=frozenset(SPARSE[layers]),
+        )
     graph = decoder_graph(config)
     edges = {"reads": {"x": "hidden"}, "writes": {"out": "hidden"}}
-    layers = tuple(
+    reduced = tuple(
         tuple(
             step
             for operation in layer
@@ -37,14 +49,17 @@ def deep_graph(model: Path) -> LayerGraph:
         )
         for layer in graph.layers
     )
-    return replace(graph, layers=layers)
+    return replace(graph, layers=reduced)
 
 
 @pytest.mark.parametrize("notices", [False, True], ids=["plain", "notices"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_compile_plan(benchmark: Any, demo_model_dir: Path, template: str, notices: bool) -> None:
+@pytest.mark.parametrize("layers", SPARSE)
+def test_compile_plan(
+    benchmark: Any, demo_model_dir: Path, layers: str, template: str, notices: bool
+) -> None:
     """CPU time of 80 layers, and of the same without repeating any; a batch with a cut prompt."""
-    graph = deep_graph(demo_model_dir)
+    graph = deep_graph(demo_model_dir, layers)
     workspace, plan = plan_workspace(graph, 2), TEMPLATES[template](graph)
     division = divide(plan.nano_batches, 256, np.array([512, 700, 324]), selected=259)
 

@@ -172,6 +172,20 @@ def test_plan_memory_says_which_option_to_change(tmp_path: Path) -> None:
     assert nanoflow(*arguments, "--kv-device-bytes", fitting).returncode == 0
 
 
+def test_plan_memory_counts_what_each_lane_of_experts_needs(tmp_path: Path) -> None:
+    config = json.loads((Path(DEMO_MODEL) / "config.json").read_text())
+    config |= {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    config |= {"num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = {}
+    for overlap in ("off", "co-resident"):
+        result = nanoflow("plan", "memory", str(tmp_path), "--overlap", overlap, "--json")
+        assert result.returncode == 0, result.stderr
+        planned[overlap] = json.loads(result.stdout)["workspace_bytes"]
+    per_row = 2 * config["hidden_size"] + 3 * config["intermediate_size"]
+    assert planned["co-resident"] - planned["off"] == 2 * 512 * 2 * per_row * 4
+
+
 def test_plan_memory_is_what_the_engine_does() -> None:
     options = ["--kv-device-bytes", "3MiB", "--dtype", "float32"]
     plan = json.loads(nanoflow("plan", "memory", DEMO_MODEL, *options, "--json").stdout)
@@ -188,6 +202,7 @@ def test_plan_memory_is_what_the_engine_does() -> None:
         (["--device", "abacus"], "abacus"),
         (["--max-model-len", "1000000"], "1000000"),
         (["--kv-cache-tokens", "64", "--kv-device-bytes", "1MiB"], "both size the KV cache"),
+        (["--overlap", "nothing"], "overlap is 'nothing', which is no file"),
     ],
 )
 def test_plan_memory_refuses_what_serve_refuses(options: list[str], expected: str) -> None:

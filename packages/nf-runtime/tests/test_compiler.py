@@ -17,6 +17,7 @@ from pipeline_graphs import (
     number_of,
     places_of,
     same_schedule,
+    small_config,
     small_graph,
     waits_of,
     with_collectives,
@@ -25,6 +26,8 @@ from pipeline_graphs import (
 from random_plans import RandomBatch, batches, legal_plans
 
 from nf_runtime.graph import LayerGraph, Rows
+from nf_runtime.models import decoder_graph
+from nf_runtime.parallelism import Shard
 from nf_runtime.pipeline import compiler
 from nf_runtime.pipeline.compiler import compile_each_layer, compile_plan
 from nf_runtime.pipeline.division import Division, divide
@@ -38,6 +41,28 @@ GRAPHS = {model: with_collectives(small_graph(model)) for model in MODELS}
 WORKSPACES = {model: plan_workspace(graph, 2) for model, graph in GRAPHS.items()}
 DEEP = with_collectives(small_graph("qk-norm", 20))
 DEEP_MIXED = with_collectives(small_graph("mixed", 20))
+DENSE, SPARSE = DEEP_MIXED.layers[0], DEEP_MIXED.layers[1]
+
+
+def deep(kinds: str) -> LayerGraph:
+    """Layers with a mixture of experts (s) and dense ones (d)."""
+    layers = tuple(SPARSE if kind == "s" else DENSE for kind in kinds)
+    return replace(DEEP_MIXED, layers=layers)
+
+
+REPEATING = {
+    "alike": DEEP,
+    "dense at first": DEEP_MIXED,
+    "alternating": deep("ds" * 11),
+    "alternating to the middle": deep("ds" * 11 + "d"),
+    "one of three": deep("ssd" * 9 + "s"),
+    "one of five": deep("dsddd" * 8 + "ds"),
+    "alternating after others": deep("dddssd" + "sd" * 10),
+    "dense among the first": deep("sssd" + "s" * 16),
+    "another first": with_collectives(
+        decoder_graph(small_config("mixed-by-step", 22), Shard(0, 2))
+    ),
+}
 UNEVEN = RandomBatch(5, np.array([9, 30, 2]), np.array([3, 9, 4, 1, 7, 0, 16, 5]), 8)
 BATCHES = {
     "decodes and prefills": UNEVEN,
@@ -104,22 +129,25 @@ def no_other_way(*_: Any, **__: Any) -> Schedule:
 @every_template
 @with_and_without_notices
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("layers", REPEATING)
 def test_repeating_layers_gives_what_each_layer_gives(
-    template: str, notices: bool, batch: str, monkeypatch: pytest.MonkeyPatch
+    template: str, notices: bool, batch: str, layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, workspace = TEMPLATES[template](DEEP), plan_workspace(DEEP, 2)
+    graph = REPEATING[layers]
+    plan, workspace = TEMPLATES[template](graph), plan_workspace(graph, 2)
     structure = divided(plan, BATCHES[batch]).structure
-    slow = compile_each_layer(DEEP, plan, structure, workspace=workspace, notices=notices)
+    slow = compile_each_layer(graph, plan, structure, workspace=workspace, notices=notices)
     monkeypatch.setattr(compiler, "compile_each_layer", no_other_way)
-    fast = compile_plan(DEEP, plan, structure, workspace=workspace, notices=notices)
+    fast = compile_plan(graph, plan, structure, workspace=workspace, notices=notices)
     assert same_schedule(fast, slow)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.sampled_from([DEEP, DEEP_MIXED]), st.data(), batches(), st.booleans())
+@settings(deadline=None, max_examples=80)
+@given(st.sampled_from(sorted(REPEATING)), st.data(), batches(), st.booleans())
 def test_repeating_layers_of_random_plans_gives_what_each_layer_gives(
-    graph: LayerGraph, data: st.DataObject, batch: RandomBatch, notices: bool
+    layers: str, data: st.DataObject, batch: RandomBatch, notices: bool
 ) -> None:
+    graph = REPEATING[layers]
     plan = data.draw(legal_plans(graph))
     workspace = plan_workspace(graph, 2)
     structure = divided(plan, batch).structure

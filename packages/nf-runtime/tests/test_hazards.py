@@ -53,6 +53,24 @@ def test_a_write_beside_does_not_hide_who_used_the_other_columns() -> None:
     assert hazards.write("wide", 1, 4) == {0, 1, 2, 3}
 
 
+def test_who_wrote_an_edge_has_waited_for_the_others_until_then() -> None:
+    hazards = Hazards(SHARING)
+    hazards.write("wide", 0b11, 0)
+    assert hazards.write("left", 0b01, 1) == {0}
+    assert hazards.write("left", 0b01, 2) == {1}
+    assert hazards.write("left", 0b11, 3) == {0, 2}
+    hazards.read("wide", 0b10, 4)
+    assert hazards.write("left", 0b11, 5) == {3, 4}
+
+
+def test_where_rows_lie_is_not_told_apart_everybody_waits_for_all() -> None:
+    hazards = Hazards(SHARING, rows_apart=False)
+    hazards.write("wide", 0b01, 0)
+    assert hazards.write("left", 0b01, 1) == {0}
+    assert hazards.write("left", 0b10, 2) == {0}
+    assert hazards.write("left", 0b11, 3) == {1, 2}
+
+
 def branches(lane_of_right: str) -> tuple[Schedule, Workspace]:
     """A layer whose branches write to columns beside each other that were one edge's before."""
     names = ("hidden", "wide", "left", "right")

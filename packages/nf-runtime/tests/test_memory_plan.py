@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf_runtime import LLM, EngineConfig
+from nf_runtime import LLM, EngineConfig, SamplingParams, loaded_model
 from nf_runtime.device import DeviceMemory, _container_memory, _machine_memory, measure_memory
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.memory_plan import MemoryPlan, format_bytes, plan_memory, weight_bytes
@@ -101,6 +101,52 @@ def test_native_kernels_need_no_more_scratch_than_planned(tiny_checkpoint: MakeC
         taken = executor.workspace_bytes
     config = EngineConfig(model=str(path), **options)
     assert taken <= planned_workspace(config, read_config(path), torch.float32, "cpu", 256)
+
+
+@pytest.mark.parametrize("programs", [True, False])
+def test_each_lane_of_experts_has_scratch_that_is_planned(
+    programs: bool, tiny_checkpoint: MakeCheckpoint
+) -> None:
+    """It is there before the first batch, and goes with the plans that need it."""
+    path = tiny_checkpoint("qwen3-moe")
+    options = {"kv_cache_tokens": 256, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [1 + i, 2, 3]} for i in range(6)]
+    overlap = {"overlap": "co-resident", "native_programs": programs}
+    with LLM(str(path), skip_tokenizer_init=True, **options, **overlap) as llm:
+        executor = llm.engine.executor
+        co_resident = executor.policy
+        at_first = executor.workspace_bytes
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        assert llm.engine.stats.overlap_steps["co-resident"]["planned"] > 0
+        assert executor.workspace_bytes == at_first
+        llm.engine.set_overlap("off")
+        alone = executor.workspace_bytes
+        for word in ("off", "co-resident"):
+            llm.engine.set_overlap(word)
+            again = llm.generate(prompts, params)
+            assert [output.outputs[0].token_ids for output in again] == tokens
+        assert executor.workspace_bytes == at_first
+    arguments = EngineConfig(model=str(path), **options), read_config(path), torch.float32
+    assert co_resident.lanes_of("moe_experts") == {0, 1, 2}
+    assert alone <= planned_workspace(*arguments, "cpu", 256) < at_first
+    assert at_first <= planned_workspace(*arguments, "cpu", 256, co_resident)
+
+
+def test_an_engine_plans_for_the_lanes_of_its_plans(
+    tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint("qwen3-moe")
+    options: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 512}
+    options |= {"kv_cache_tokens": 256}
+    config, model = EngineConfig(model=str(path), **options), read_config(path)
+    needed = planned_workspace(config, model, torch.float32, "cpu", 256)
+    needed += plan_memory(config, model, cpu(1), torch.float32).kv_bytes
+    free = DeviceMemory("cpu", "cpu", needed, needed)
+    monkeypatch.setattr(loaded_model, "measure_memory", lambda device: free)
+    LLM(str(path), skip_tokenizer_init=True, overlap="off", **options).shutdown()
+    with pytest.raises(ModelLoadError, match=r"cpu has .* of memory free: the workspace of an"):
+        LLM(str(path), skip_tokenizer_init=True, overlap="co-resident", **options)
 
 
 def test_a_gpu_gives_kv_what_is_left(llama_8b: Any) -> None:

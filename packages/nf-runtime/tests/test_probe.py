@@ -150,3 +150,53 @@ def test_an_engine_with_requests_is_not_probed(engine: Engine) -> None:
         Probe(engine)
     while engine.has_work:
         engine.step()
+
+
+def generated(engine: Engine, name: str) -> list[int]:
+    prompt = [1 + i % 90 for i in range(100)]
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    engine.add(EngineRequest(name, prompt, params, seed=0))
+    found = []
+    while engine.has_work:
+        found += [output.token_id for output in engine.step() if output.token_id is not None]
+    return found
+
+
+def test_a_probe_takes_no_page_from_a_prefix_that_is_found_later(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """Of 14 pages 8 are a prompt's and its answer's, and a load wants 12 of them."""
+    engine = Engine(
+        EngineConfig(
+            model=str(tiny_checkpoint("llama3")),
+            overlap="off",
+            kv_cache_tokens=14 * 16,
+            max_model_len=200,
+            max_num_seqs=16,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+    try:
+        expected = generated(engine, "first")
+        probe = Probe(engine)
+        probe.measure([], Load(decodes=4, context=30, prefill=60), rounds=2)
+        engine.kv_cache.check_integrity()
+        assert engine.kv_cache.num_available == 14
+        for name in ("second", "third"):
+            assert generated(engine, name) == expected
+        probe.measure([plan(engine, "nanoflow")], Load(decodes=8, context=2, prefill=0), rounds=1)
+        hits = engine.stats.prefix_hit_tokens
+        assert generated(engine, "fourth") == expected
+        assert engine.stats.prefix_hit_tokens > hits  # what nobody took is still found
+        probe.close()
+    finally:
+        engine.close()
+
+
+def test_a_probe_waits_for_requests_that_came_after_it(probe: Probe, engine: Engine) -> None:
+    engine.add(EngineRequest("later", [1], SamplingParams(max_tokens=2, ignore_eos=True), seed=0))
+    with pytest.raises(RuntimeError, match="let them end first"):
+        probe.measure([], LOAD, rounds=1)
+    while engine.has_work:
+        engine.step()

@@ -269,6 +269,42 @@ def test_collectives_of_nano_batches(tiny_checkpoint: MakeCheckpoint) -> None:
     assert all(other == first for other in others)
 
 
+def test_swapped_plans_and_their_lanes_are_given_up_on_all_ranks(
+    tiny_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    llm = load(
+        tiny_checkpoint("mixtral", vocab_size=VOCAB_SIZE), 2, overlap="off", kv_cache_tokens=2048
+    )
+    with llm:
+        group: Any = llm.engine._group
+        own, other = (
+            Path(f"/proc/{pid}/task") for pid in (os.getpid(), *ranks_of(os.getpid()).values())
+        )
+        expected = tokens(run(llm))
+        without, plans = len(list(other.iterdir())), [len(group._plans)]
+        threads = []
+        for turn in range(6):
+            plan = TEMPLATES["nanoflow"](llm.engine.graph)
+            lanes = tuple(
+                lane.model_copy(update={"share": 0.2 + turn / 10 * (i % 2)})
+                for i, lane in enumerate(plan.lanes)
+            )
+            path = tmp_path / f"{turn}.json"
+            path.write_text(plan.model_copy(update={"lanes": lanes}).model_dump_json())
+            llm.engine.set_overlap(str(path))
+            assert tokens(run(llm)) == expected
+            threads.append((len(list(own.iterdir())), len(list(other.iterdir()))))
+            plans.append(len(group._plans))
+        assert threads == [threads[0]] * 6
+        assert threads[0][1] > without
+        assert max(plans) <= 2
+        with pytest.raises(PlanError, match="collectives on the lanes first, second"):
+            llm.engine.set_overlap("co-resident")
+        llm.engine.set_overlap("off")
+        assert tokens(run(llm)) == expected
+        assert len(list(other.iterdir())) == without
+
+
 # Faults
 
 FAILING = """
@@ -284,6 +320,15 @@ if "nf_runtime.ranks.process" in sys.orig_argv:
         loaded_model.load_weights = fail
     else:
         loaded_model.Executor.launch = fail
+"""
+
+
+STAYING = """
+import sys, time
+if "nf_runtime.ranks.process" in sys.orig_argv:
+    import nf_runtime.loaded_model as loaded_model
+
+    loaded_model.Executor.close = lambda executor: time.sleep(60)
 """
 
 
@@ -353,6 +398,61 @@ async def test_an_idle_engine_ends_with_a_rank(tiny_checkpoint: MakeCheckpoint) 
     reason = await asyncio.wait_for(engine.wait_dead(), 10)
     assert reason == "the engine failed: rank 1 of 2 was killed by signal 9"
     await engine.shutdown()
+
+
+async def test_ranks_end_with_an_engine_that_is_killed(tiny_checkpoint: MakeCheckpoint) -> None:
+    engine = await AsyncEngine.start(
+        EngineConfig(
+            model=str(tiny_checkpoint("llama3")),
+            tokenizer=str(Path(__file__).parents[3] / "models" / "nanoflow-demo"),
+            tensor_parallel_size=2,
+            kv_cache_tokens=512,
+            max_model_len=128,
+        )
+    )
+    rank = Path(f"/proc/{ranks_of(engine.pid)['nanoflow-rank-1']}")
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True))
+    os.kill(engine.pid, signal.SIGKILL)
+    wait_for(lambda: not rank.exists(), 5)
+    await engine.shutdown()
+
+
+def test_ranks_end_in_order(
+    tiny_checkpoint: MakeCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = load(tiny_checkpoint("llama3", vocab_size=VOCAB_SIZE), 2)
+    group: Any = llm.engine._group
+    ranks = [member.process for member in group._members]
+    run(llm)
+    started = time.monotonic()
+    llm.shutdown()
+    assert time.monotonic() - started < 8  # none had to be killed
+    assert [rank.returncode for rank in ranks] == [0]
+    assert not caplog.records
+
+
+def test_ranks_that_have_not_started_end_at_once(tiny_checkpoint: MakeCheckpoint) -> None:
+    """There is no room for what was asked for, which shows before they are told to start."""
+    started = time.monotonic()
+    with pytest.raises(ModelLoadError, match="of KV do not fit"):
+        load(tiny_checkpoint("llama3"), 2, kv_cache_tokens=1 << 40)
+    assert time.monotonic() - started < 8
+
+
+def test_a_rank_that_does_not_end_is_killed(
+    tiny_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("nf_runtime.ranks.group._STOP_SECONDS", 1.0)
+    (tmp_path / "sitecustomize.py").write_text(STAYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    llm = load(tiny_checkpoint("llama3"), 2)
+    llm.shutdown()
+    assert [record.getMessage() for record in caplog.records] == [
+        "rank 1 of 2 was killed by signal 9"
+    ]
 
 
 def test_a_rank_ends_with_rank_0() -> None:

@@ -22,6 +22,7 @@ from nf_server.cli_options import (
     Model,
     NativeKernels,
     NativePrograms,
+    Overlap,
     ParallelOutput,
     PlanDir,
     Seed,
@@ -59,6 +60,8 @@ def memory(
     tensor_parallel_size: TensorParallelSize = 1,
     tensor_parallel_output: TensorParallelOutput = ParallelOutput.ALL_REDUCE,
     expert_parallel: ExpertParallel = False,
+    overlap: Overlap = "auto",
+    plan_dir: PlanDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether weights, KV cache and workspace of MODEL fit; nothing is loaded.
@@ -81,6 +84,8 @@ def memory(
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_output=tensor_parallel_output.value,
         expert_parallel=expert_parallel,
+        overlap=overlap,
+        plan_dir=plan_dir,
     )
     raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,22 @@ class BoundGraph:
             for name in self.graph.edges
         }
 
+    def reserve_scratch(self, lanes: Collection[int]) -> bool:
+        """Have scratch for these lanes, and for no others; whether that of another was given up.
+
+        What was given to the device with it keeps it until it is done; what is recorded with it,
+        as long as it is recorded.
+
+        Args:
+            lanes: Numbers of all on which operations run that take scratch.
+        """
+        for lane in lanes:
+            self._scratch_of(lane)
+        spare = self._scratch.keys() - set(lanes)
+        for lane in spare:
+            del self._scratch[lane]
+        return bool(spare)
+
     def scratch(self, operation: Operation, lane: int) -> dict[str, Tensor]:
         """The scratch that an operation takes, if it takes any.
 
@@ -144,16 +160,20 @@ class BoundGraph:
         """
         if operation.kind != "moe_experts":
             return {}
-        if lane not in self._scratch:
-            self._scratch[lane] = torch.empty(
-                self._scratch_bytes, dtype=torch.uint8, device=self._cos_sin.device
-            )
-        return {"scratch": self._scratch[lane]}
+        return {"scratch": self._scratch_of(lane)}
 
     @property
     def num_bytes(self) -> int:
         """Of all scratch and the table of RoPE."""
         return sum(s.nbytes for s in self._scratch.values()) + self._cos_sin.nbytes
+
+    def _scratch_of(self, lane: int) -> Tensor:
+        """That of a lane; made here for plans alone of which nobody was told before."""
+        if lane not in self._scratch:
+            self._scratch[lane] = torch.empty(
+                self._scratch_bytes, dtype=torch.uint8, device=self._cos_sin.device
+            )
+        return self._scratch[lane]
 
     def _most_scratch(self, max_tokens: int) -> int:
         """Bytes of scratch that an operation needs for the largest batch."""

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 
 from nf_kernels import ops
-from nf_kernels.collectives import Communicator
 from nf_kernels.cost import Category
 from nf_kvcache.copier import make_copier
 from nf_runtime.config import EngineConfig
@@ -25,6 +24,7 @@ from nf_runtime.model_source import find_model
 from nf_runtime.models import read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan_store import PlanTarget, find_policy, model_fingerprint
+from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.ranks.group import RankGroup
 from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
@@ -63,7 +63,6 @@ class Engine:
     ) -> None:
         self._clock = clock
         self._group = _start_ranks(config) if config.tensor_parallel_size > 1 else None
-        self._communicator: Communicator | None = None
         self._live: dict[str, _Live] = {}
         self._untold: list[TokenOutput] = []  # what came between two steps
         try:
@@ -106,12 +105,10 @@ class Engine:
         )
         policy = self._find_policy(config.overlap)
         budgets = policy.budgets(config.batch_tokens)
-        num_pages, max_model_len = _plan_memory(loaded, group)
-        copier = None
+        num_pages, max_model_len = _plan_memory(loaded, policy, group)
+        communicator, copier = None, None
         if group is not None:
-            self._communicator = group.connect(
-                device, num_pages=num_pages, max_model_len=max_model_len
-            )
+            communicator = group.connect(device, num_pages=num_pages, max_model_len=max_model_len)
             copier = GroupCopier(make_copier(device), group)
         recorder = None if config.replay_log_dir is None else Recorder(config, clock=clock)
         self._recorder = recorder
@@ -136,7 +133,7 @@ class Engine:
             self.kv_cache.layers,
             self.sampler,
             max_model_len,
-            communicator=self._communicator,
+            communicator=communicator,
             policy=policy,
             timeline_every=config.timeline_every,
         )
@@ -258,7 +255,10 @@ class Engine:
         Raises:
             PlanError: It names no plan, or one that does not fit; then all stays as it was.
         """
-        self.executor.set_policy(self._find_policy(overlap))
+        policy = self._find_policy(overlap)
+        self.executor.set_policy(policy)
+        if self._group is not None:
+            self._group.set_policy(policy.plan_set)
 
     def node_costs(self) -> NodeCosts:
         """What nano-operations ask of the device."""
@@ -321,8 +321,6 @@ class Engine:
     def _end_ranks(self) -> None:
         if self._group is not None:
             self._group.close()
-        if self._communicator is not None:
-            self._communicator.close()
 
     def watch_ranks(self, watcher: Callable[[str], None]) -> None:
         """Have a function called, on another thread, with the reason, when another rank ends.
@@ -378,21 +376,24 @@ def _start_ranks(config: EngineConfig) -> RankGroup:
     return RankGroup(config, pick_device(config.device, 0, config.tensor_parallel_size).type)
 
 
-def _plan_memory(loaded: LoadedModel, group: RankGroup | None) -> tuple[int, int]:
+def _plan_memory(
+    loaded: LoadedModel, policy: OverlapPolicy, group: RankGroup | None
+) -> tuple[int, int]:
     """Pages of KV and the greatest length, for which every rank has the room.
 
     Raises:
         ModelLoadError: A rank has too little.
     """
     if group is not None:
-        group.tell({"size": True})
-    own = asdict(loaded.plan_memory())
-    plans = [own] if group is None else [own, *group.collect("sized")]
-    for rank, plan in enumerate(plans):
+        plans = policy.plan_set
+        group.tell({"size": None if plans is None else plans.model_dump(mode="json")})
+    own = asdict(loaded.plan_memory(policy))
+    sized = [own] if group is None else [own, *group.collect("sized")]
+    for rank, plan in enumerate(sized):
         if plan["problem"] is not None:
-            where = f"rank {rank} of {len(plans)}: " if rank else ""
+            where = f"rank {rank} of {len(sized)}: " if rank else ""
             raise ModelLoadError(f"{where}{plan['problem']}; {', or '.join(plan['advice'])}")
-    smallest = min(plans, key=lambda plan: int(plan["num_pages"]))
+    smallest = min(sized, key=lambda plan: int(plan["num_pages"]))
     for advice in smallest["advice"]:
         _log.warning("%s", advice)
     return smallest["num_pages"], smallest["max_model_len"]

@@ -163,7 +163,7 @@ class Executor:
             page_size=page_size,
             padding_page=len(kv_layers[0][0]) - 1,
         )
-        self.set_policy(policy or OverlapPolicy(graph))
+        self.set_policy(OverlapPolicy(graph) if policy is None else policy)
 
     @property
     def workspace_bytes(self) -> int:
@@ -193,6 +193,9 @@ class Executor:
             raise PlanError(
                 f"plan {plan.name!r} cannot have its lanes on this device: {error}"
             ) from error
+        given_up = self._bound.reserve_scratch(policy.lanes_of("moe_experts"))
+        if given_up and self._program_runner is not None:  # its blocks would keep the scratch
+            self._program_runner.rebind(self._activations.num_selected)
         self._policy = policy
         self.timeline.gain = OverlapGain()
         self._capture()

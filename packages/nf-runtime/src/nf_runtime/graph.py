@@ -3,9 +3,10 @@
 The forward pass is a walk over a `LayerGraph`; there is no other model code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from nf_kernels.cost import CATEGORIES, Category
 
@@ -127,6 +128,22 @@ class LayerGraph:
         """All operations: before the layers, of each layer, after them."""
         return (self.prologue, *self.layers, self.epilogue)
 
+    @cached_property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """For each layer a number, the same for layers that differ in weights and constants alone.
+
+        They have the same operations on the same edges.
+        """
+        known: list[Sequence[Operation]] = []
+        kinds = []
+        for layer in self.layers:
+            alike = (kind for kind, other in enumerate(known) if _are_alike(layer, other))
+            kind = next(alike, len(known))
+            if kind == len(known):
+                known.append(layer)
+            kinds.append(kind)
+        return tuple(kinds)
+
     @property
     def selected_edges(self) -> frozenset[str]:
         """Edges that have rows only where logits are wanted."""
@@ -159,3 +176,17 @@ class LayerGraph:
                             f"which is not among the edges {sorted(self.edges)}"
                         )
                     written.add(edge)
+
+
+def _are_alike(layer: Sequence[Operation], other: Sequence[Operation]) -> bool:
+    return len(layer) == len(other) and all(
+        mine.name == its.name
+        and mine.kind == its.kind
+        and mine.rows is its.rows
+        and mine.reads == its.reads
+        and mine.writes == its.writes
+        and mine.inputs == its.inputs
+        and mine.updates == its.updates
+        and mine.reads_all_rows == its.reads_all_rows
+        for mine, its in zip(layer, other, strict=True)
+    )

@@ -55,13 +55,18 @@ class LoadedModel:
     operations: ops.OperationSet
     weights_digest: str
 
-    def plan_memory(self) -> MemoryPlan:
-        """Where the memory of the device goes, now that the weights are there."""
+    def plan_memory(self, policy: OverlapPolicy) -> MemoryPlan:
+        """Where the memory of the device goes, now that the weights are there.
+
+        Args:
+            policy: What will choose plans.
+        """
         return plan_memory(
             self.config,
             self.model,
             measure_memory(self.device),
             self.dtype,
+            policy=policy,
             loaded_weight_bytes=self.weights.num_bytes,
             rank=self.shard.rank,
         )

@@ -21,6 +21,7 @@ from nf_runtime.model_config import ModelConfig
 from nf_runtime.models import decoder_graph, find_family, layer_weights, model_weights
 from nf_runtime.padded_decodes import graph_sizes
 from nf_runtime.parallelism import WHOLE, Shard
+from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.pipeline.workspace import plan_workspace
 
 # Of all memory of a CPU: what KV takes when nobody says how much, and what then stays for others.
@@ -110,6 +111,7 @@ def plan_memory(
     memory: DeviceMemory,
     dtype: torch.dtype,
     *,
+    policy: OverlapPolicy | None = None,
     loaded_weight_bytes: int | None = None,
     rank: int = 0,
 ) -> MemoryPlan:
@@ -120,6 +122,7 @@ def plan_memory(
         model: What is to run.
         memory: Of the device, as it is now, or as somebody says.
         dtype: Of weights, activations and KV.
+        policy: What chooses plans, whose lanes may need memory each; None runs all sequentially.
         loaded_weight_bytes: Weights of the rank that are in that memory by now; None before they
             are loaded.
         rank: Whose plan it is.
@@ -151,7 +154,7 @@ def plan_memory(
     weights = loaded_weight_bytes
     if weights is None:
         weights = weight_bytes(model, dtype, shard)
-    workspace = workspace_bytes(config, model, dtype, memory.kind, wanted_len)
+    workspace = workspace_bytes(config, model, dtype, memory.kind, wanted_len, policy)
     if sizes := graph_sizes(config, memory.kind):
         workspace += _GPU_GRAPHS_BYTES + len(sizes) * _GPU_GRAPH_BYTES
         workspace += page_bytes  # the page of what fills up their batches
@@ -202,7 +205,12 @@ def weight_bytes(model: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE) -
 
 
 def workspace_bytes(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, kind: str, max_len: int
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    kind: str,
+    max_len: int,
+    policy: OverlapPolicy | None = None,
 ) -> int:
     """Bytes of everything but weights and KV that the largest iteration needs.
 
@@ -212,6 +220,7 @@ def workspace_bytes(
         dtype: Of activations.
         kind: Of device: `cpu` or `cuda`.
         max_len: Of the longest sequence, in tokens.
+        policy: What chooses plans; None runs all sequentially.
     """
     shard = config.shard()
     graph = decoder_graph(model, shard)
@@ -221,8 +230,9 @@ def workspace_bytes(
     total += max_len * model.head_dim * 4  # the table of RoPE
     total += config.max_num_seqs * model.vocab_size * _SAMPLING_BYTES[kind]
     if model.sparse_layers:  # x, gate and up, activated, and the result of every chosen expert
+        lanes = 1 if policy is None else len(policy.lanes_of("moe_experts"))
         per_row = 2 * model.hidden_size + 3 * len(shard.expert_inner(model))
-        total += config.batch_tokens * model.experts_per_token * per_row * 4
+        total += lanes * config.batch_tokens * model.experts_per_token * per_row * 4
     return total + (_GPU_LIBRARY_BYTES if kind == "cuda" else 0)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -20,12 +22,14 @@ from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.timeline import IterationTrace
 from nf_scheduler import Batch
 
+_FLUSH_SECONDS = 60.0
+
 
 class Probe:
     """Runs batches on the executor of an engine that has nothing to do.
 
-    It writes over pages that the prefix index of the KV cache may know, so the engine should serve
-    no requests afterwards.
+    Batches have pages of the engine's KV cache, as requests have: prefixes that were there may be
+    computed again afterwards.
 
     Args:
         engine: Whose requests have all ended.
@@ -35,8 +39,7 @@ class Probe:
     """
 
     def __init__(self, engine: Engine) -> None:
-        if engine.has_work:
-            raise RuntimeError("the engine has requests; let them end first")
+        _require_idle(engine)
         self._engine = engine
         self._executor = engine.executor
         self._names: list[str] = []
@@ -65,30 +68,25 @@ class Probe:
 
         Raises:
             ValueError: The engine has no room for such a batch.
+            RuntimeError: It has requests.
         """
         sequential = self._executor.policy.sequential
         asked = [sequential, *plans]
         traces: list[list[IterationTrace]] = [[] for _ in asked]
         seconds: list[list[float]] = [[] for _ in asked]
-        for plan in asked:
-            self.run(plan, load)  # compiled, and every page touched
-        for turn in range(rounds):
-            for i in np.roll(np.arange(len(asked)), turn).tolist():
-                trace, duration = self.run(asked[i], load)
-                traces[i].append(trace)
-                seconds[i].append(duration)
-            progress()
+        with self._given_pages(load) as (batch, page_tables):
+            for plan in asked:
+                self._run(plan, batch, page_tables)  # compiled, and every page touched
+            for turn in range(rounds):
+                for i in np.roll(np.arange(len(asked)), turn).tolist():
+                    trace, duration = self._run(asked[i], batch, page_tables)
+                    traces[i].append(trace)
+                    seconds[i].append(duration)
+                progress()
         return [
             self._measured(asked[i].name, load, traces[i], traces[0], seconds[i])
             for i in range(len(asked))
         ]
-
-    def run(self, plan: Plan, load: Load) -> tuple[IterationTrace, float]:
-        """Run a batch by a plan; how it ran, and its seconds from launch to result."""
-        batch, page_tables = self._make(load)
-        started = time.perf_counter()
-        trace = self._executor.trace(batch, page_tables, Choice(plan, Reason.PLANNED))
-        return trace, time.perf_counter() - started
 
     def choose(self, load: Load) -> Choice:
         """The plan by which the engine would run a batch, and why.
@@ -96,7 +94,7 @@ class Probe:
         Raises:
             ValueError: The engine has no room for such a batch.
         """
-        return self._executor.choose(self._make(load)[0])
+        return self._executor.choose(self._make(load))
 
     def cuts(self, plan: Plan, load: Load) -> bool:
         """Whether a plan cuts a batch in two or more."""
@@ -135,14 +133,45 @@ class Probe:
             self._engine.sampler.remove(name)
         self._names.clear()
 
-    def _make(self, load: Load) -> tuple[Batch, np.ndarray]:
-        """A batch, and pages for it that no two requests share."""
+    def _run(
+        self, plan: Plan, batch: Batch, page_tables: np.ndarray
+    ) -> tuple[IterationTrace, float]:
+        """Run a batch by a plan; how it ran, and its seconds from launch to result."""
+        self._iteration += 1
+        batch = replace(batch, iteration=self._iteration)
+        started = time.perf_counter()
+        trace = self._executor.trace(batch, page_tables, Choice(plan, Reason.PLANNED))
+        return trace, time.perf_counter() - started
+
+    @contextmanager
+    def _given_pages(self, load: Load) -> Iterator[tuple[Batch, np.ndarray]]:
+        """A batch and its page tables; nobody else has these pages meanwhile."""
+        _require_idle(self._engine)
+        batch, kv_cache = self._make(load), self._engine.kv_cache
+        lengths = batch.context_lens + np.diff(batch.query_start)
+        given: list[str] = []
+        try:
+            for name, length in zip(batch.request_ids, lengths.tolist(), strict=True):
+                kv_cache.reserve(name, length)
+                given.append(name)
+            # A page that was somebody else's may be on its way to a lower tier, and would not wait.
+            if not kv_cache.flush(_FLUSH_SECONDS):
+                raise RuntimeError(
+                    f"KV is on its way to a lower tier for more than {_FLUSH_SECONDS} s; see why, "
+                    "or measure without kv_host_bytes and kv_ssd_dir"
+                )
+            yield batch, kv_cache.page_tables(batch.request_ids)
+        finally:
+            for name in given:
+                kv_cache.release(name)
+
+    def _make(self, load: Load) -> Batch:
+        """A batch, whose numbers of iteration and pages are given when it is run."""
         self.check(load)
         info = self._engine.info
         requests = load.decodes + (load.prefill > 0)
         new = np.array([1] * load.decodes + [load.prefill] * (load.prefill > 0))
         contexts = np.array([load.context] * load.decodes + [0] * (load.prefill > 0))
-        pages = -(-(contexts + new) // info.page_size)
         while len(self._names) < requests:
             name = f"probe-{len(self._names)}"
             nothing = np.zeros(0, dtype=np.int32)
@@ -150,13 +179,7 @@ class Probe:
             self._engine.sampler.add(name, RequestSampling(params, 0, nothing, frozenset()))
             self._names.append(name)
         starts = np.concatenate(([0], np.cumsum(new))).astype(np.int32)
-        tables = np.zeros((requests, int(pages.max())), dtype=np.int32)
-        first = 0
-        for row, count in enumerate(pages.tolist()):
-            tables[row, :count] = np.arange(first, first + count)
-            first += count
-        self._iteration += 1
-        batch = Batch(
+        return Batch(
             iteration=self._iteration,
             request_ids=self._names[:requests],
             slots=np.arange(requests, dtype=np.int32),
@@ -166,7 +189,6 @@ class Probe:
             token_ids=(np.arange(load.tokens) % info.vocab_size).astype(np.int32),
             samples=np.ones(requests, dtype=bool),
         )
-        return batch, tables
 
     def _measured(
         self,
@@ -192,3 +214,8 @@ class Probe:
             memory=work.bytes_moved / wall / self.peaks.bytes_per_second,
             traces=tuple(traces),
         )
+
+
+def _require_idle(engine: Engine) -> None:
+    if engine.has_work:
+        raise RuntimeError("the engine has requests; let them end first")

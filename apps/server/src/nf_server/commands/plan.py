@@ -25,21 +25,40 @@ def memory(engine_options: dict[str, Any], device_memory: int | None, *, as_json
     """
     # The imports take seconds, and come after what can be wrong without them.
     from nf_runtime import EngineConfig, NanoFlowError
-    from nf_runtime.device import DeviceMemory, measure_memory, pick_device, pick_dtype
+    from nf_runtime.device import (
+        DeviceMemory,
+        measure_memory,
+        name_device,
+        pick_device,
+        pick_dtype,
+    )
     from nf_runtime.memory_plan import plan_memory
     from nf_runtime.model_source import find_model
-    from nf_runtime.models import read_config
+    from nf_runtime.models import decoder_graph, read_config
+    from nf_runtime.pipeline.plan_store import find_policy
 
     try:
         config = EngineConfig(**engine_options)
         model = read_config(find_model(config.model, config_only=True))
         if device_memory is None:
-            there = measure_memory(pick_device(config.device))
+            device = pick_device(config.device)
+            there, measured_on = measure_memory(device), name_device(device)
         else:
+            measured_on = ""  # of a device that is not here, no plans were measured
             name = "cuda" if config.device == "auto" else config.device
             kind = name.partition(":")[0]
             there = DeviceMemory(name, kind, device_memory, device_memory)
-        plan = plan_memory(config, model, there, pick_dtype(config.dtype, model))
+        dtype = pick_dtype(config.dtype, model)
+        policy = find_policy(
+            config.overlap,
+            graph=decoder_graph(model, config.shard()),
+            model=model,
+            device=measured_on,
+            dtype=str(dtype).removeprefix("torch."),
+            plan_dir=config.plan_dir,
+            tensor_parallel_size=config.tensor_parallel_size,
+        )
+        plan = plan_memory(config, model, there, dtype, policy=policy)
     except NanoFlowError as error:
         fail(error)
     advice = [as_flags(text) for text in plan.advice]

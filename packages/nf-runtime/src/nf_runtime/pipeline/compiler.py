@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from nf_runtime.graph import LayerGraph, Operation
+from nf_runtime.graph import LayerGraph
 from nf_runtime.pipeline.circular_wait import circular_wait
 from nf_runtime.pipeline.dependency_graph import DependencyGraph
 from nf_runtime.pipeline.division import Structure
 from nf_runtime.pipeline.lane_clocks import LaneClocks, start_of
 from nf_runtime.pipeline.lane_tiles import LaneTiles
 from nf_runtime.pipeline.plan import Plan, PlanError
+from nf_runtime.pipeline.repetition import Repetition, find_repetition
 from nf_runtime.pipeline.schedule import Code, Schedule
 from nf_runtime.pipeline.workspace import Layout, Workspace
 
@@ -31,7 +32,7 @@ def compile_plan(
 ) -> Schedule:
     """Compile a plan for batches of one structure.
 
-    Layers that are alike need not be looked at one by one: some are compiled, and what repeats is
+    Layers that repeat need not be looked at one by one: some are compiled, and what repeats is
     repeated. `compile_each_layer` gives the same.
 
     Args:
@@ -46,14 +47,12 @@ def compile_plan(
         PlanError: The plan does not fit the graph, or runs something before what it depends on.
         ValueError: The structure is not one of the plan's.
     """
-    # A node depends on others of its own layer and the one before: no more tiles back than this.
-    reach = max((listed.layers_behind for listed in plan.operations), default=0) + 1
-    some = 2 * reach + 5
-    # The first layer may read other edges: with several ranks, nothing was added up before it.
-    if len(graph.layers) > some and _are_alike(graph.layers[1:]):
-        short = replace(graph, layers=graph.layers[:some])
+    behind = max((listed.layers_behind for listed in plan.operations), default=0)
+    repetition = find_repetition(graph, behind)
+    if repetition is not None:
+        short = replace(graph, layers=graph.layers[: repetition.layers])
         compiled = _Compilation(short, plan, structure, workspace, notices=notices)
-        schedule = compiled.repeated(graph, reach=reach)
+        schedule = compiled.repeated(graph, repetition, behind)
         if schedule is not None:
             return schedule
     return compile_each_layer(graph, plan, structure, workspace=workspace, notices=notices)
@@ -69,25 +68,6 @@ def compile_each_layer(
 ) -> Schedule:
     """As `compile_plan`, without repeating anything: its slow twin."""
     return _Compilation(graph, plan, structure, workspace, notices=notices).exact()
-
-
-def _are_alike(layers: Sequence[Sequence[Operation]]) -> bool:
-    """Whether all layers have the same operations on the same edges; constants may differ."""
-    first = layers[0]
-    return all(
-        len(layer) == len(first)
-        and all(
-            mine.name == other.name
-            and mine.rows is other.rows
-            and mine.reads == other.reads
-            and mine.writes == other.writes
-            and mine.inputs == other.inputs
-            and mine.updates == other.updates
-            and mine.reads_all_rows == other.reads_all_rows
-            for mine, other in zip(first, layer, strict=True)
-        )
-        for layer in layers
-    )
 
 
 class _Compilation:
@@ -126,42 +106,47 @@ class _Compilation:
             self._tiles = LaneTiles(self._dependencies, outermost=True)
             order = _launch_order(self._dependencies, self._tiles)
         # Commands of each lane by tile, an event being the number that `LaneClocks` gives it.
-        self._commands = self._tell(self._find_waits(order))
+        self._waits = self._find_waits(order)
+        self._commands = self._tell(self._waits)
 
     def exact(self) -> Schedule:
         """The schedule."""
         lanes = [np.concatenate(tiles) for tiles in self._commands]
         return self._schedule(self._graph, self._table(), lanes)
 
-    def repeated(self, graph: LayerGraph, *, reach: int) -> Schedule | None:
+    def repeated(self, graph: LayerGraph, repetition: Repetition, behind: int) -> Schedule | None:
         """The schedule of a graph with more layers of this kind; None if tiles do not repeat.
 
         What a tile waits for follows from what it depends on, and what the tiles within its reach
-        wait for. So when that many are the same as the one before, all later ones are.
+        wait for. So when that many are the same as those a period before, all later ones are.
 
         Args:
             graph: All of it; this one has fewer of its layers.
-            reach: To how many tiles before its own a node's dependencies go.
+            repetition: Of its layers.
+            behind: As many layers as operations of the plan run behind others.
         """
+        head, period, have = repetition
         parts, table = self._dependencies.parts, self._table()
-        have, want = len(self._graph.layers), len(graph.layers)
-        more, per_layer = want - have, len(parts[1])
-        start, end = parts[1].start, parts[-1].start
-        period = reach + 2  # the first tile of layers that have one before them that is like them
-        if any(len(part) != per_layer for part in parts[1:-1]):
+        more = len(graph.layers) - have  # whole periods
+        start, end = parts[head + 1].start, parts[-1].start
+        per_period = parts[head + 1 + period].start - start
+        # What a node depends on is of its own layer, or of those of the period before.
+        reach = behind + period
+        first = head + reach + 1  # the first tile whose layers all have a period before them
+        if not np.array_equal(
+            table[start : start + per_period, 1:],
+            table[start + per_period : start + 2 * per_period, 1:],
+        ):
             return None
-        layer = table[start : start + per_layer]
-        if not np.array_equal(layer[:, 1:], table[start + per_layer : start + 2 * per_layer, 1:]):
-            return None
-        if self._reaches_beyond(reach, period):
+        if self._reaches_beyond(reach, start, first, first + period):
             return None
 
         def moved(commands: np.ndarray, layers: int | np.ndarray) -> np.ndarray:
             """The same commands for nodes so many layers later, and those after all layers."""
             numbers = commands[:, 1]
             node = np.where(numbers < 0, -1 - numbers, numbers)  # as `start_of`
-            shift = np.where(node < start, 0, layers * per_layer)
-            shift = np.where(node < end, shift, more * per_layer)
+            shift = np.where(node < end, layers, more)
+            shift = np.where(node < start, 0, shift // period * per_period)
             result = commands.copy()
             result[:, 1] += np.where(numbers < 0, -shift, shift)
             return result
@@ -169,38 +154,53 @@ class _Compilation:
         lanes = []
         for tiles in self._commands:
             if not all(
-                np.array_equal(moved(tiles[tile], 1), tiles[tile + 1])
-                for tile in range(period, period + reach)
+                np.array_equal(moved(tiles[tile], period), tiles[tile + period])
+                for tile in range(first, first + reach)
             ):
                 return None
-            again = np.repeat(np.arange(1, more + 1), len(tiles[period]))
+            repeating = np.concatenate(tiles[first : first + period])
+            again = np.repeat(np.arange(period, more + 1, period), len(repeating))
             lanes.append(
                 np.concatenate(
                     [
-                        moved(np.concatenate(tiles[: period + 1]), 0),
-                        moved(np.tile(tiles[period], (more, 1)), again),
-                        moved(np.concatenate(tiles[period + 1 :]), more),
+                        moved(np.concatenate(tiles[: first + period]), 0),
+                        moved(np.tile(repeating, (more // period, 1)), again),
+                        moved(np.concatenate(tiles[first + period :]), more),
                     ]
                 )
             )
-        layers = np.tile(layer, (want, 1))
-        layers[:, 0] += np.repeat(np.arange(want), per_layer)
-        after = table[end:].copy()
+        layers = np.tile(table[start : start + per_period], (more // period, 1))
+        layers[:, 0] += np.repeat(np.arange(0, more, period, dtype=np.int32), per_period)
+        after = table[start:].copy()
         after[:, 0] += more
         return self._schedule(graph, np.concatenate([table[:start], layers, after]), lanes)
 
-    def _reaches_beyond(self, reach: int, period: int) -> bool:
-        """Whether a node depends on one of a later tile, or of more than so many tiles before.
+    def _reaches_beyond(self, reach: int, start: int, first: int, end: int) -> bool:
+        """Whether a node depends on one of a later tile, or of tiles out of its reach.
 
-        What comes after the layers may depend on all tiles behind the one to repeat.
+        Tiles before the first stay as they are, and may depend on all before them. What comes after
+        the layers may depend on tiles from `end` on, which move with it; and on layers that do not
+        repeat, if it need not wait for them: with more layers in between it still need not.
+
+        Args:
+            reach: On how many tiles before its own a node of a tile that repeats may depend.
+            start: The first node of a layer that repeats.
+            first: The first tile that repeats.
+            end: The one behind the last.
         """
-        tile_of, after = self._tiles.tile_of, self._dependencies.parts[-1].start
-        return any(
-            not 0 <= tile_of[number] - tile_of[other] <= reach
-            and (number < after or tile_of[other] <= period)
-            for number, node in enumerate(self._dependencies.nodes)
-            for other in (*node.needs, *node.starts_after)
-        )
+        tile_of, parts = self._tiles.tile_of, self._dependencies.parts
+        after = parts[-1].start
+        for number, node in enumerate(self._dependencies.nodes):
+            tile = tile_of[number]
+            for other in (*node.needs, *node.starts_after):
+                if tile_of[other] > tile:
+                    return True
+                if number < after:
+                    if tile >= first and tile_of[other] < tile - reach:
+                        return True
+                elif tile_of[other] < end and (other >= start or other in self._waits[number]):
+                    return True
+        return False
 
     def _find_waits(self, order: Sequence[int]) -> dict[int, list[int]]:
         """The events that each node waits for, without those that others imply."""

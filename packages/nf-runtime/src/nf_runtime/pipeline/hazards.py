@@ -48,8 +48,8 @@ class Hazards:
     """Finds, in the order of the model, on whom each reader and writer depends.
 
     It depends on who wrote what it reads; and who writes, on whoever read or wrote what was in that
-    memory before. A write to an edge stands for all use of the edge's rows before; not for that of
-    other edges, with which it may share some columns only.
+    memory before. A write to an edge stands for all use of the edge's rows before; for that of
+    other edges, with which it may share some columns only, it does so to later writes of the edge.
 
     Args:
         sharing: For each edge, those that share memory with it (`Workspace.sharing`).
@@ -75,7 +75,13 @@ class Hazards:
             meets_all = other != edge and not self._rows_apart
             for users in (self._writers[other], self._readers[other]):
                 for used, user in users:
-                    if meets_all or used & cells:
+                    met = cells if meets_all else used & cells
+                    if met and other != edge:
+                        # Where it was written since, whoever did so has seen to it.
+                        for written, writer in self._writers[edge]:
+                            if writer > user:
+                                met &= ~written
+                    if met:
                         found.add(user)
         for users in (self._writers[edge], self._readers[edge]):
             users[:] = [(left, user) for used, user in users if (left := used & ~cells)]

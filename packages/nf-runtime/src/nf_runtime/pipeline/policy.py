@@ -65,6 +65,7 @@ class OverlapPolicy:
     ) -> None:
         self.plan_set = plan_set
         self.sequential = sequential(graph)
+        self._graph = graph
         self._without = reason
         self._only_gains = only_gains
 
@@ -111,6 +112,26 @@ class OverlapPolicy:
             chunk = min(bucket.prefill_chunk or tokens, tokens)
             found.setdefault(decodes, TokenBudget(decodes, tokens, chunk))
         return tuple(found[decodes] for decodes in sorted(found))
+
+    def lanes_of(self, kind: str) -> frozenset[int]:
+        """Numbers of the lanes (as in `Plan.lane_names`) on which plans run operations of a kind.
+
+        Args:
+            kind: Of operations of the layers.
+        """
+        names = {
+            operation.name
+            for layer in self._graph.layers
+            for operation in layer
+            if operation.kind == kind
+        }
+        plans = self.plan_set.plans if self.plan_set is not None else ()
+        return frozenset(
+            plan.lane_names.index(listed.lane)
+            for plan in (self.sequential, *plans)
+            for listed in plan.operations
+            if listed.operation in names
+        )
 
     def choose(self, tokens: int, decodes: int) -> Choice:
         """The plan of a batch.

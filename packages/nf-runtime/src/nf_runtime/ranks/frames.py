@@ -1,9 +1,10 @@
 """What rank 0 and the other ranks say to each other: frames on a socket, nothing pickled.
 
 A frame is its kind (1 byte), the length of its body (4 bytes, little-endian) and the body. While
-starting, both sides send JSON objects with one key: rank 0 `config`, `size`, `start` and at last
-`stop`; another rank `loaded`, `sized`, `ready`, and `failed` when it has to end. In between, rank 0
-sends plans, iterations and copies of pages.
+starting, both sides send JSON objects with one key: rank 0 `config`, `size` and `start`; another
+rank `loaded`, `sized` and `ready`, at the end `stopped`, and `failed` when it has to end. In
+between, rank 0 sends policies, plans, iterations and copies of pages, and at last that it is to
+stop.
 """
 
 import json
@@ -26,12 +27,17 @@ class Kind(IntEnum):
 
     MESSAGE = ord("M")
     """A JSON object."""
+    POLICY = ord("O")
+    """The plan set that plans will be of, as JSON, or null; those before are not used any more."""
     PLAN = ord("P")
-    """A plan that iterations will run by, as JSON; they name it by its number, counted from 0."""
+    """A plan that iterations will run by, as JSON; they name it by its number, counted from 0 anew
+    after each `POLICY`."""
     ITERATION = ord("I")
     """A batch, its page tables, its plan, and the prompt rows whose logits are wanted."""
     DUPLICATE = ord("D")
     """A page of KV, and the one it is copied to."""
+    STOP = ord("S")
+    """Nothing more will be sent."""
 
 
 def send(connection: socket.socket, kind: Kind, body: bytes) -> None:

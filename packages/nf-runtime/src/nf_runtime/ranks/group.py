@@ -1,5 +1,6 @@
 """The other ranks, as rank 0 sees them: it starts them, tells them what to do, sees them end."""
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from nf_kernels import num_threads, set_num_threads
 from nf_kernels.collectives import Communicator, CommunicatorError, connect
 from nf_runtime.config import EngineConfig
 from nf_runtime.errors import EngineDeadError, ModelLoadError, NanoFlowError
-from nf_runtime.pipeline.plan import Plan
+from nf_runtime.pipeline.plan import Plan, PlanSet
 from nf_runtime.ranks.frames import (
     Kind,
     pack_duplicate,
@@ -29,6 +30,8 @@ from nf_runtime.ranks.frames import (
     send,
 )
 from nf_scheduler import Batch
+
+_log = logging.getLogger(__name__)
 
 _THREADS = "OMP_NUM_THREADS"
 _STOP_SECONDS = 10.0
@@ -56,7 +59,7 @@ class RankGroup:
         self._reason: str | None = None
         self._is_started = self._is_closing = False
         self._watchers: list[Callable[[str], None]] = []
-        self._plans: dict[Plan, int] = {}  # those that the other ranks know
+        self._plans: dict[Plan, int] = {}  # those that the other ranks know, of the last policy
         self._threads = (num_threads(), torch.get_num_threads())
         environment = dict(os.environ)
         if device == "cpu" and _THREADS not in environment:
@@ -65,6 +68,7 @@ class RankGroup:
             environment[_THREADS] = str(share)
             _use_threads(share, share)
         self._members: list[_Member] = []
+        self._communicator: Communicator | None = None
         try:
             for rank in range(1, self.size):
                 member = _Member(rank, environment, self._lose)
@@ -101,6 +105,8 @@ class RankGroup:
     def connect(self, device: torch.device, *, num_pages: int, max_model_len: int) -> Communicator:
         """Let all ranks make their KV cache and connect; gives the communicator of rank 0.
 
+        `close` closes it.
+
         Raises:
             ModelLoadError: A rank has ended instead.
         """
@@ -124,6 +130,7 @@ class RankGroup:
         result = results.get()
         if isinstance(result, Exception):
             raise self.failure(result) from result
+        self._communicator = result
         return result
 
     def started(self) -> None:
@@ -137,6 +144,20 @@ class RankGroup:
             is_late = bool(self._lost)
         if is_late:
             watcher(str(self.failure()))
+
+    def set_policy(self, plan_set: PlanSet | None) -> None:
+        """Let the other ranks forget all plans, and have the lanes of others; what runs goes on.
+
+        Args:
+            plan_set: Those that will be run by, which rank 0 has found to fit; None is the
+                sequential plan.
+
+        Raises:
+            EngineDeadError: A rank has ended.
+        """
+        self._plans.clear()
+        body = "null" if plan_set is None else plan_set.model_dump_json()
+        self._broadcast(Kind.POLICY, body.encode())
 
     def launch(
         self, batch: Batch, page_tables: np.ndarray, prompt_rows: np.ndarray, plan: Plan
@@ -179,20 +200,27 @@ class RankGroup:
         return (EngineDeadError if self._is_started else ModelLoadError)(self._reason)
 
     def close(self) -> None:
-        """End the other ranks; what they have not done by now is dropped."""
+        """Have the other ranks do what they were told, and end; those that take long are killed."""
         with self._change:
             self._is_closing = True
-        for member in self._members:
-            member.stop()
+            has_failed = self._reason is not None
         deadline = time.monotonic() + _STOP_SECONDS
-        for member in self._members:
-            try:
-                member.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                member.process.kill()
-            member.join()
-        self._members.clear()
-        _use_threads(*self._threads)
+        try:
+            if not has_failed:  # else all have been killed
+                for member in self._members:
+                    member.stop()
+                for member in self._members:
+                    member.wait_stopped(deadline)
+            if self._communicator is not None:
+                self._communicator.close()
+        finally:
+            for member in self._members:
+                status = member.end(deadline)
+                if status and not has_failed:
+                    how = _how_it_ended(status)
+                    _log.warning("rank %d of %d %s", member.rank, self.size, how)
+            self._members.clear()
+            _use_threads(*self._threads)
 
     def _describe(self, cause: BaseException | None) -> str:
         """Which rank has ended, and how; waits until that is known."""
@@ -234,6 +262,8 @@ class _Member:
     """The process of a rank, our end of its socket, and the thread that reads it.
 
     Attributes:
+        rank: Its number.
+        process: Its process.
         messages: What it has said; None at its end.
     """
 
@@ -255,24 +285,48 @@ class _Member:
                 env=environment,
             )
         self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._rank = rank
+        self.rank = rank
         self._lose = lose
         self._reader = threading.Thread(target=self._read, daemon=True, name=f"nf-rank-{rank}")
         self._reader.start()
 
     def stop(self) -> None:
         """Ask it to end; one that has ended does not mind."""
-        try:
-            send(self.connection, Kind.MESSAGE, pack_message({"stop": True}))
-            self.connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            send(self.connection, Kind.STOP, b"")
 
-    def join(self) -> None:
-        """Wait until everything of it has ended."""
-        self.process.wait()
+    def wait_stopped(self, deadline: float) -> None:
+        """Wait until it has done all it was told, or has ended; kill it if it takes long.
+
+        Args:
+            deadline: When that is, by `time.monotonic`.
+        """
+        while True:
+            try:
+                message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                self.process.kill()
+                return
+            if message is None or "stopped" in message:
+                return
+
+    def end(self, deadline: float) -> int:
+        """Wait until everything of it has ended, and kill it if it takes long.
+
+        Args:
+            deadline: When that is, by `time.monotonic`.
+
+        Returns:
+            The exit status; negative is the number of a signal.
+        """
+        try:
+            status = self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
         self._reader.join()
         self.connection.close()
+        return status
 
     def _read(self) -> None:
         failed: dict[str, Any] | None = None
@@ -284,12 +338,13 @@ class _Member:
                 else:
                     self.messages.put(message)
         status = self.process.wait()
-        if failed is not None:
-            how = f"failed: {failed['message']}"
-        else:
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        self._lose(self._rank, how, failed is not None and failed["by_peer"])
+        how = _how_it_ended(status) if failed is None else f"failed: {failed['message']}"
+        self._lose(self.rank, how, failed is not None and failed["by_peer"])
         self.messages.put(None)
+
+
+def _how_it_ended(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
 def _use_threads(native: int, torch_threads: int) -> None:

@@ -43,6 +43,7 @@ class RankProcess:
         self._connection = connection
         self._frames: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
         self._launched: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False ends the waiting
+        self._is_serving = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def run(self) -> int:
@@ -63,17 +64,20 @@ class RankProcess:
         )
         config = EngineConfig(**first["engine"])
         # Late: torch takes its time, and the reader should be there before.
+        from pydantic import TypeAdapter
+
         from nf_kernels.collectives import connect
         from nf_kvcache.copier import make_copier
         from nf_runtime.loaded_model import load_model
-        from nf_runtime.pipeline.plan import Plan
-        from nf_runtime.pipeline.policy import Choice, Reason
+        from nf_runtime.pipeline.plan import Plan, PlanSet
+        from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
         from nf_runtime.ranks.following_sampler import FollowingSampler
 
         loaded = load_model(config, rank)
         self._send({"loaded": loaded.weights.num_bytes})
-        self._message("size")
-        self._send({"sized": asdict(loaded.plan_memory())})
+        plan_sets = TypeAdapter(PlanSet | None)
+        policy = OverlapPolicy(loaded.graph, plan_sets.validate_python(self._message("size")))
+        self._send({"sized": asdict(loaded.plan_memory(policy))})
         start = self._message("start")
         communicator = connect(
             device=loaded.device,
@@ -85,10 +89,15 @@ class RankProcess:
         kv_cache = loaded.make_kv_cache(start["num_pages"], copier=copier)
         sampler = FollowingSampler(loaded.device)
         executor = loaded.make_executor(
-            kv_cache.layers, sampler, start["max_model_len"], communicator=communicator
+            kv_cache.layers,
+            sampler,
+            start["max_model_len"],
+            communicator=communicator,
+            policy=policy,
         )
         waiter = threading.Thread(target=self._wait_for_iterations, args=(executor,), daemon=True)
         waiter.start()
+        self._is_serving = True
         self._send({"ready": True})
         choices: list[Choice] = []
         while True:
@@ -97,18 +106,25 @@ class RankProcess:
                 batch, page_tables, sampler.prompt_rows, number = unpack_iteration(body)
                 executor.launch(batch, page_tables, choice=choices[number])
                 self._launched.put(True)
+            elif kind is Kind.POLICY:
+                policy = OverlapPolicy(loaded.graph, plan_sets.validate_json(body))
+                executor.set_policy(policy)
+                choices.clear()
             elif kind is Kind.PLAN:
                 plan = Plan.model_validate_json(body)
                 choices.append(Choice(plan, Reason.PLANNED))
             elif kind is Kind.DUPLICATE:
                 pages = unpack_duplicate(body)
                 executor.call(partial(copier.duplicate, kv_cache.layers, *pages))
-            else:  # the only message left is to stop
-                self._launched.put(False)
-                waiter.join()
-                executor.close()
-                communicator.close()
-                return
+            else:  # what is left is to stop
+                break
+        self._launched.put(False)
+        waiter.join()
+        executor.close()
+        # Rank 0 leaves the group as well then: NCCL lets no rank leave alone.
+        self._send({"stopped": True})
+        communicator.close()
+        kv_cache.close()
 
     def _wait_for_iterations(self, executor: Any) -> None:
         try:
@@ -120,6 +136,8 @@ class RankProcess:
     def _read(self) -> None:
         with self._connection.makefile("rb") as stream:
             while (frame := receive(stream)) is not None:
+                if frame[0] is Kind.STOP and not self._is_serving:
+                    os._exit(0)  # in the middle of loading: there is nothing to end
                 self._frames.put(frame)
         os._exit(1)  # rank 0 is gone: there is nobody to clean up for
 
