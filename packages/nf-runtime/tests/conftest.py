@@ -12,7 +12,8 @@ import torch
 import transformers
 
 sys.path.append(str(Path(__file__).parent))  # for the modules beside the tests
-pytest.register_assert_rewrite("feature_cells")
+pytest.register_assert_rewrite("feature_cells", "feature_checks")
+from feature_checks import References  # noqa: E402  (only now can it be found)
 
 _BASE: dict[str, Any] = {
     "vocab_size": 200,
@@ -113,3 +114,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointMaker
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return make
+
+
+@pytest.fixture(scope="session")
+def references(
+    tiny_checkpoint: CheckpointMaker, tmp_path_factory: pytest.TempPathFactory
+) -> References:
+    """What the cells of the feature matrix are compared with."""
+    return References(tiny_checkpoint, tmp_path_factory.mktemp("none"))
