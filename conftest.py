@@ -1,13 +1,21 @@
-"""For all tests: Ctrl+C works, and what needs a CUDA device is skipped where there is none."""
+"""For all tests: Ctrl+C works, processes start fast, and what needs a CUDA device is skipped where
+there is none.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 import pytest
 
 
 def pytest_configure() -> None:
+    # Where bytecode is not kept, as is usual in containers, each process that a test starts
+    # compiles torch and all else that it imports: seconds, more than a hundred times.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     # A shell starts what it puts into the background with Ctrl+C ignored, and so would every
     # process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -206,6 +206,15 @@ class ScriptedEngine:
         pass
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A client of HTTP reads all certificates there are, which takes longer than most requests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SSL_CERT_FILE", raising=False)
+        patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("no_certificates")))
+        yield
+
+
 @dataclass
 class ScriptedServer:
     """A server over a `ScriptedEngine`, listening on a real socket in a thread."""
@@ -261,7 +270,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, message: str) -> No
     while not condition():
         if time.monotonic() > end:
             raise AssertionError(message)
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 @pytest.fixture(name="wait_until")

@@ -1,14 +1,10 @@
-"""Cells of the feature matrix: what is switched on, the run of a cell, and what is held of it.
+"""Cells of the feature matrix: what is switched on, what is asked, and an engine that is watched.
 
 Not here yet: structured output (JSON), which the engine does not have. It will be one more entry of
 `VALUES`.
 """
 
-import hashlib
 import itertools
-import math
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -18,8 +14,6 @@ from typing import Any
 import numpy as np
 
 from nf_runtime import LLM, RequestOutput, SamplingParams
-from nf_runtime.pipeline.happens_before import find_races
-from nf_runtime.pipeline.policy import Reason
 from nf_runtime.timeline import IterationTrace
 from nf_scheduler import Batch
 
@@ -282,119 +276,3 @@ def generate(
 def crowd_out(llm: LLM) -> None:
     """Give all pages of the device to others."""
     generate(llm, _CROWD, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-
-
-def check_nothing_is_left(llm: LLM) -> None:
-    """All pages are free, no request lives, and what is kept twice agrees."""
-    engine = llm.engine
-    engine.scheduler.check_integrity()
-    engine.kv_cache.check_integrity()
-    cache = engine.kv_cache.stats()
-    assert cache.pages_used == 0
-    assert cache.pages_free + cache.pages_cached == cache.pages_total
-    if not engine.config.enable_prefix_caching:
-        assert cache.pages_cached == 0
-    assert engine.kv_cache.num_available == engine.kv_cache.num_pages
-    assert not engine.has_work
-    assert engine.loop.num_in_flight == 0
-    stats = engine.stats
-    assert (stats.num_running, stats.num_waiting, stats.num_restoring) == (0, 0, 0)
-
-
-_without_races: set[bytes] = set()
-
-
-def check_traces(llm: LLM, seen: Seen) -> None:
-    """No iteration raced, by vector clocks. What has been looked at before is not again."""
-    executor = llm.engine.executor
-    for trace in seen.traces:
-        schedule, division = trace.schedule, trace.division
-        digest = hashlib.sha256(repr((executor.workspace, schedule.graph, division)).encode())
-        for array in (
-            schedule.nodes,
-            *schedule.commands,
-            division.segment_request,
-            division.segment_start,
-            trace.contexts,
-        ):
-            digest.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
-        if digest.digest() not in _without_races:
-            assert find_races(schedule, division, executor.workspace, trace.contexts) == []
-            _without_races.add(digest.digest())
-
-
-def check_chunks(cell: Cell, seen: Seen, outputs: Sequence[RequestOutput]) -> None:
-    """Prompts came in chunks of the right size, and in as many as that takes."""
-    if cell.chunk is None:
-        assert 64 < seen.largest_chunk <= TOKEN_BUDGET
-    else:
-        assert seen.largest_chunk == cell.chunk, "largest chunk"
-    cut = 0
-    for output in outputs:
-        ledger = output.outputs[0].ledger
-        assert ledger is not None
-        computed = ledger.prompt_tokens - ledger.cached_tokens
-        assert ledger.prefill_chunks >= math.ceil(computed / (cell.chunk or TOKEN_BUDGET))
-        cut += ledger.prefill_chunks > 1
-    assert cut > 0
-
-
-def check_mode(cell: Cell, llm: LLM) -> None:
-    """Iterations were formed ahead, and ran by the plan, where that is asked for."""
-    stats = llm.engine.stats
-    assert (stats.iterations_ahead > 0) == (cell.mode != "sync"), "iterations ahead"
-    overlap_steps = stats.overlap_steps
-    if cell.has_several_lanes:
-        assert overlap_steps.get(cell.mode, {}).get(Reason.PLANNED, 0) > 0, "planned steps"
-    else:
-        assert overlap_steps.keys() == {"sequential"}, "planned steps"
-
-
-def check_sampling(cell: Cell, answers: Answers, greedy: Answers) -> None:
-    """The way of sampling has changed what it is there to change."""
-    if cell.sampling == "greedy":
-        assert answers == greedy
-    elif cell.sampling == "logprobs":
-        assert [answer.token_ids for answer in answers] == [a.token_ids for a in greedy]
-        assert all(len(answer.logprobs or ()) == NEW_TOKENS for answer in answers)
-        assert [i for i, answer in enumerate(answers) if answer.prompt_logprobs] == [2]
-    elif cell.sampling == "stop":
-        for number, (answer, other) in enumerate(zip(answers, greedy, strict=True)):
-            if number % 2:
-                assert (answer.finish_reason, answer.stop_reason) == ("stop", answer.token_ids[-1])
-                assert answer.token_ids == other.token_ids[: len(answer.token_ids)]
-                assert len(answer.token_ids) <= STOPS_AT + 1
-            else:
-                assert answer.token_ids != other.token_ids
-                assert len(answer.token_ids) > HELD_BACK
-    else:
-        assert all(
-            answer.token_ids != other.token_ids
-            for answer, other in zip(answers, greedy, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class Open:
-    """What this process has open."""
-
-    threads: frozenset[str]
-    files: frozenset[str]
-
-    @classmethod
-    def now(cls) -> "Open":
-        return cls(frozenset(os.listdir("/proc/self/task")), frozenset(os.listdir("/proc/self/fd")))
-
-    def check(self, directory: Path, *, patience: float = 10) -> None:
-        """Nothing is open that was not before: threads, files, and none in a directory.
-
-        A thread that was joined may be listed a moment longer: so many seconds at most.
-        """
-        deadline = time.monotonic() + patience
-        while (more := Open.now().threads - self.threads) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert not more, "threads are left"
-        now = Open.now()
-        assert len(now.files) <= len(self.files), "files are open"
-        targets = [os.path.realpath(f"/proc/self/fd/{number}") for number in now.files]
-        assert not [target for target in targets if target.startswith(str(directory))]

@@ -21,12 +21,11 @@ from feature_cells import (
     VALUES,
     Answers,
     answers_of,
-    check_nothing_is_left,
-    check_traces,
     differences,
     generate,
     load,
 )
+from feature_checks import check_nothing_is_left, check_traces
 
 from nf_kernels import native_status
 from nf_kvcache import KVCache
