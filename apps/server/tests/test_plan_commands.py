@@ -115,6 +115,15 @@ def test_measured_plans_are_found_by_auto(nanoflow: Nanoflow, tmp_path: Path) ->
     assert json.loads(answer.stdout)["reason"] == "planned"
     shown = nanoflow("plan", "show", str(path), "--model", DEMO_MODEL)
     assert "1 to 4 tokens, 75% to 100% of them decodes: sequential" in shown.stdout
+    again = nanoflow(
+        *("plan", "measure", DEMO_MODEL, *OPTIONS, "--plan-dir", str(plans)),
+        *("--rounds", "4", "--loads", "16x64"),
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"Plan set: {path}.partial (`--overlap {path}.partial` takes it)" in again.stdout
+    assert f"{path} knows more and stays as it is; remove it first" in again.stdout
+    assert json.loads(path.read_text()) == made
+    assert len(json.loads(Path(f"{path}.partial").read_text())["buckets"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -135,8 +144,21 @@ def test_what_cannot_be_measured_is_one_sentence(
     assert message in only_error_line(result)
 
 
-def test_what_was_measured_before_ctrl_c_is_saved(tmp_path: Path) -> None:
-    output = tmp_path / "plans.json"
+@pytest.mark.parametrize("tokens_before", [None, 16, 17])
+def test_what_was_measured_before_ctrl_c_is_saved(
+    tokens_before: int | None, tmp_path: Path
+) -> None:
+    """In the place of what there is, unless that knows more."""
+    output = saved = tmp_path / "plans.json"
+    kept = "."
+    if tokens_before is not None:
+        plan = {"name": "mine", "nano_batches": [{}], "operations": []}
+        bucket = {"tokens": [16, tokens_before], "plan": "mine"}
+        output.write_text(json.dumps({"plans": [plan], "buckets": [bucket]}))
+    if tokens_before == 17:
+        saved = tmp_path / "plans.json.partial"
+        kept = f"; {output} knows more and stays as it is."
+    before = output.read_bytes() if output.exists() else b""
     loads = ",".join(["16x16"] + [f"16x{context}" for context in range(17, 200)])
     process = subprocess.Popen(
         [
@@ -156,8 +178,9 @@ def test_what_was_measured_before_ctrl_c_is_saved(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     text, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert f"Interrupted: what was measured by then is in {output}." in text
-    made = json.loads(output.read_text())
+    assert f"Interrupted: what was measured by then is in {saved}{kept}" in text
+    assert (output.read_bytes() == before) == (saved != output)
+    made = json.loads(saved.read_text())
     assert [bucket["tokens"] for bucket in made["buckets"]] == [[16, 16]]
 
 

@@ -4,8 +4,8 @@ import pytest
 from pipeline_graphs import small_graph
 
 from nf_runtime.measured import Load, Measured
-from nf_runtime.pipeline.plan import PlanSet
-from nf_runtime.pipeline.plan_buckets import default_loads, form_plan_set
+from nf_runtime.pipeline.plan import Bucket, PlanSet
+from nf_runtime.pipeline.plan_buckets import default_loads, form_plan_set, loses
 from nf_runtime.pipeline.plan_store import PlanTarget
 from nf_runtime.pipeline.templates import co_resident, nanoflow, sequential
 
@@ -124,3 +124,37 @@ def test_other_texts_are_no_loads(text: str) -> None:
 def test_the_host_has_what_is_left_of_an_iteration() -> None:
     assert measured("nanoflow", Load(8, 1, 0), 1.0).host_share == pytest.approx(0.5)
     assert measured("nanoflow", Load(8, 1, 0), 1.0).tokens_per_second == pytest.approx(4000)
+
+
+def buckets(*ranges: tuple[int, int, float, float]) -> PlanSet:
+    return PlanSet(
+        plans=(PLANS[0],),
+        buckets=tuple(
+            Bucket(tokens=(low, high), decode_share=(least, most), plan="sequential")
+            for low, high, least, most in ranges
+        ),
+    )
+
+
+def test_a_plan_set_for_the_same_batches_loses_nothing() -> None:
+    old = buckets((1, 4, 0, 0.5), (5, 16, 0, 0.5), (1, 16, 0.5, 1))
+    assert not loses(old, old)
+    assert not loses(old, buckets((1, 8, 0, 1), (9, 12, 0, 1), (13, 20, 0, 1)))
+    assert not loses(old, buckets((1, 16, 0, 0.3), (1, 16, 0.3, 0.8), (1, 16, 0.8, 1)))
+    assert not loses(buckets(), old)
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        buckets((1, 16, 0, 1)),  # fewer buckets
+        buckets((1, 15, 0, 1), (1, 4, 0, 1), (1, 4, 0, 1)),
+        buckets((2, 16, 0, 1), (2, 4, 0, 1), (2, 4, 0, 1)),
+        buckets((1, 8, 0, 1), (10, 16, 0, 1), (1, 4, 0, 1)),
+        buckets((1, 16, 0, 0.4), (1, 15, 0.4, 0.6), (1, 16, 0.6, 1)),
+        buckets((1, 16, 0, 0.4), (1, 16, 0.6, 1), (1, 16, 0.6, 1)),
+        buckets((1, 16, 0.1, 1), (1, 16, 0.1, 1), (1, 16, 0.1, 1)),
+    ],
+)
+def test_a_plan_set_with_fewer_buckets_or_a_gap_loses_something(new: PlanSet) -> None:
+    assert loses(buckets((1, 4, 0, 0.5), (5, 16, 0, 0.5), (1, 16, 0.5, 1)), new)

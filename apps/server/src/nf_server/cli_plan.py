@@ -195,8 +195,9 @@ def plan_measure(
     """Measure which plans are faster for MODEL on this device, for `--overlap auto`.
 
     Runs made-up batches by every plan that ships, in turns with the sequential one. A plan is taken
-    for batches for which it was faster in three of four iterations. Exit code: 0, 1 after an error,
-    130 after Ctrl+C, with what was measured by then saved.
+    for batches for which it was faster in three of four iterations. A saved plan set that knows
+    more is not replaced. Exit code: 0, 1 after an error, 130 after Ctrl+C, with what was measured
+    by then saved.
     """
     from nf_server.commands import plan_measure as command
 

@@ -15,7 +15,7 @@ from nf_server.commands.probing import INTERRUPTED, check_output, probing
 if TYPE_CHECKING:
     from nf_runtime.engine import Engine
     from nf_runtime.measured import Load, Measured
-    from nf_runtime.pipeline.plan import Plan
+    from nf_runtime.pipeline.plan import Plan, PlanSet
     from nf_runtime.probe import Probe
 
 
@@ -28,6 +28,9 @@ def measure(
     output: str | None,
 ) -> int:
     """Measure all templates with all loads, and write a plan set; the exit code.
+
+    One that is there and knows more stays, and the new one is written beside it; unless `output`
+    says where, and all was measured.
 
     Args:
         engine_options: Fields of `EngineConfig`.
@@ -42,7 +45,8 @@ def measure(
     from nf_runtime.pipeline.plan_store import default_directory, file_name
 
     measured: dict[Load, list[Measured]] = {}
-    path: str | Path | None = output
+    path = None if output is None else Path(output)
+    kept = ""
     try:
         if output is not None:
             check_output("--output", output)
@@ -57,7 +61,10 @@ def measure(
             if path is None:
                 directory = default_directory() if plan_dir is None else Path(plan_dir)
                 path = directory / file_name(plan_set)
-            plan_set.save(Path(path))
+            if (interrupted or output is None) and _knows_more(path, plan_set):
+                kept = f"{path} knows more and stays as it is"
+                path = path.with_name(f"{path.name}.partial")  # which `auto` does not look at
+            plan_set.save(path)
     except (NanoFlowError, ValueError) as error:
         fail(as_flags(str(error)))
     except OSError as error:
@@ -68,15 +75,28 @@ def measure(
         print("\n".join(_table(measured)))
     if interrupted:
         saved = f"what was measured by then is in {path}" if measured else "nothing is saved"
-        print(f"Interrupted: {saved}.")
+        print(f"Interrupted: {saved}{kept and '; '}{kept}.")
         return INTERRUPTED
-    if output is not None:
+    if output is not None or kept:
         how = f"`--overlap {path}` takes it"
     else:
         where = "" if plan_dir is None else f" --plan-dir {plan_dir}"
         how = f"`--overlap auto{where}` finds it"
     print(f"Plan set: {path} ({how})")
+    if kept:
+        print(f"{kept}; remove it first to replace it.")
     return 0
+
+
+def _knows_more(path: Path, plan_set: PlanSet) -> bool:
+    """Whether there is a plan set that would be a loss."""
+    from nf_runtime.pipeline.plan import PlanError, read_plan_set
+    from nf_runtime.pipeline.plan_buckets import loses
+
+    try:
+        return loses(read_plan_set(path), plan_set)
+    except PlanError:  # there is none, or nothing that can be read
+        return False
 
 
 def _plans(engine: Engine) -> list[Plan]:

@@ -15,6 +15,8 @@ _CONTEXTS = (128, 1024)
 _PREFILLS = (64, 256)
 _DIGITS = 4  # of a share of decodes
 
+_Range = tuple[float, float]
+
 
 def default_loads(max_num_seqs: int, batch_tokens: int) -> list[Load]:
     """Decodes alone, half decodes and half a prefill, and a prefill alone.
@@ -75,6 +77,38 @@ def form_plan_set(
         plans=tuple(plan for name, plan in by_name.items() if name in used),
         buckets=tuple(buckets),
     )
+
+
+def loses(old: PlanSet, new: PlanSet) -> bool:
+    """Whether a new plan set in the place of an old one would know less.
+
+    So it is where it has fewer buckets, or none for some batches that the old one has one for.
+    """
+    if len(new.buckets) < len(old.buckets):
+        return True
+    known = [(_widened(bucket.tokens), bucket.decode_share) for bucket in new.buckets]
+    return any(
+        not any(_within(count, tokens) and _within(share, shares) for tokens, shares in known)
+        for bucket in old.buckets
+        for count in _points(_widened(bucket.tokens), [tokens for tokens, _ in known])
+        for share in _points(bucket.decode_share, [shares for _, shares in known])
+    )
+
+
+def _widened(tokens: tuple[int, int]) -> _Range:
+    """Up to where the next number begins, so that ranges of numbers that follow meet."""
+    return tokens[0], tokens[1] + 1
+
+
+def _within(value: float, bounds: _Range) -> bool:
+    return bounds[0] <= value <= bounds[1]
+
+
+def _points(within: _Range, ranges: Iterable[_Range]) -> list[float]:
+    """Where ranges begin and end within one, and between: if they hold these, they hold all."""
+    low, high = within
+    ends = sorted({low, high, *(end for ends in ranges for end in ends if low < end < high)})
+    return [*ends, *((one + other) / 2 for one, other in pairwise(ends))]
 
 
 def adopted(measured: Measured) -> bool:
