@@ -105,6 +105,7 @@ def test_measured_plans_are_found_by_auto(nanoflow: Nanoflow, tmp_path: Path) ->
     assert f"Plan set: {path} (`--overlap auto --plan-dir {plans}` finds it)" in result.stdout
     made = json.loads(path.read_text())
     assert (made["dtype"], made["tensor_parallel_size"]) == ("bfloat16", 1)
+    assert made["peaks"]["flops_per_second"] > 0
     assert [bucket["tokens"] for bucket in made["buckets"]] == [[32, 32], [16, 16], [1, 4], [5, 16]]
     for bucket in made["buckets"]:
         assert (bucket["plan"] == "sequential") == (bucket["gain"] is None)

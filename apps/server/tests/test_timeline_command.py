@@ -33,13 +33,21 @@ def test_a_trace_in_which_lanes_overlap(nanoflow: Nanoflow, tmp_path: Path) -> N
     assert report["load"] == {"decodes": 32, "context": 256, "prefill": 64}
     assert (report["plan"], report["reason"]) == ("nanoflow", "planned")
     assert report["nothing_overlapped"] is None
+    assert report["peaks"].pop("sent_per_second") == 0  # one rank
     assert set(report["peaks"]) == {"flops_per_second", "bytes_per_second"}
+    assert min(report["peaks"].values()) > 0
     sequential, plan = report["plans"]
     assert (sequential["plan"], sequential["gain"], sequential["overlaps"]) == ("sequential", 1, 0)
     assert plan["overlaps"] > 0
     assert set(plan["idle_ms"]) == {"device", "compute", "memory"}
     assert plan["gain_quartiles"][0] <= plan["gain"] <= plan["gain_quartiles"][1]
+    assert plan["network_share"] is None
     assert len(plan["iterations"]) == 6
+    for iteration in plan["iterations"]:
+        assert iteration["gain"] > 0
+        used = iteration["flops_per_second"] / report["peaks"]["flops_per_second"]
+        assert iteration["compute"] == pytest.approx(used)
+        assert iteration["memory"] > 0
     trace = json.loads(output.read_text())
     events = events_of(trace)
     assert {event["args"]["iteration"] for event in events} == set(range(12))

@@ -71,9 +71,18 @@ async def test_what_ran_by_which_plan_is_counted(engine: AsyncEngine) -> None:
 
 
 async def test_the_timeline_has_the_iterations_of_the_plans(engine: AsyncEngine) -> None:
+    await asyncio.gather(*map(read, start(engine, 20)))
     trace = await engine.timeline()
-    plans = {event["args"]["plan"] for event in trace["traceEvents"] if event["ph"] == "i"}
-    assert plans >= {"nanoflow", "sequential"}
+    iterations = [event["args"] for event in trace["traceEvents"] if event["ph"] == "i"]
+    assert {iteration["plan"] for iteration in iterations} >= {"nanoflow", "sequential"}
+    for iteration in iterations:
+        assert iteration["reason"]
+        assert iteration["concurrency"] > 0
+        assert min(iteration["idle_ms"].values()) >= 0
+        assert iteration["flops_per_second"] > 0
+        assert iteration["bytes_per_second"] > 0
+    gains = [iteration["gain"] for iteration in iterations if iteration["plan"] == "nanoflow"]
+    assert any(gain is not None and gain > 0 for gain in gains)
     assert any(event["ph"] == "X" for event in trace["traceEvents"])
 
 

@@ -16,7 +16,7 @@ TARGET = PlanTarget("0123", "a device", "bfloat16", 2)
 
 def measured(plan: str, load: Load, gain: float, low: float | None = None) -> Measured:
     quartiles = (gain - 0.05 if low is None else low, gain + 0.05)
-    return Measured(plan, load, gain, quartiles, 1.0, 0.002, 1.0, 0.5, 0.5, ())
+    return Measured(plan, load, gain, quartiles, 1.0, 0.002, 1.0, 0.5, 0.5, None, ())
 
 
 def form(*results: Measured, loads: tuple[Load, ...] = ()) -> PlanSet:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nf_kernels import native_status
@@ -69,9 +70,11 @@ def test_every_number_is_within_its_range(measured: list[Measured]) -> None:
         assert 0 < one.wall_ms < one.seconds * 1e3
         assert 0 < one.host_share < 1
         assert one.compute > 0 < one.memory
+        assert one.network is None
         assert one.tokens_per_second == pytest.approx(LOAD.tokens / one.seconds)
         lanes = {"device", "compute", "memory"} if one.plan == "nanoflow" else None
         assert lanes is None or set(one.idle_ms) == lanes
+        assert np.median([trace.gain for trace in one.traces]) == pytest.approx(one.gain)
         for trace in one.traces:
             assert (trace.tokens, trace.decodes, int(trace.contexts.sum())) == (48, 24, 960)
 

@@ -23,10 +23,12 @@ from nf_kernels.collectives import connect
 from nf_runtime import LLM, AsyncEngine, EngineConfig, RequestOutput, SamplingParams
 from nf_runtime.errors import EngineDeadError, ModelLoadError
 from nf_runtime.loaded_model import load_model
+from nf_runtime.measured import Load
 from nf_runtime.parallelism import OUTPUTS
 from nf_runtime.pipeline.plan import PlanError, for_all_batches
 from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.pipeline.templates import TEMPLATES
+from nf_runtime.probe import Probe
 from nf_runtime.ranks.following_sampler import FollowingSampler
 from nf_runtime.ranks.frames import pack_iteration, unpack_iteration
 from nf_runtime.replay import Replay
@@ -303,6 +305,27 @@ def test_swapped_plans_and_their_lanes_are_given_up_on_all_ranks(
         llm.engine.set_overlap("off")
         assert tokens(run(llm)) == expected
         assert len(list(other.iterdir())) == without
+
+
+def test_the_network_between_ranks_is_measured(tiny_checkpoint: MakeCheckpoint) -> None:
+    path = tiny_checkpoint("llama-biased", vocab_size=VOCAB_SIZE)
+    with load(path, 2, overlap="off", kv_cache_tokens=2048) as llm:
+        expected = tokens(run(llm))  # of which the last iterations may still be waited for
+        probe = Probe(llm.engine)
+        assert probe.peaks.sent_per_second > 0
+        plan = TEMPLATES["two-batch"](llm.engine.graph)
+        sequential, measured = probe.measure([plan], Load(6, 20, 12), rounds=6)
+        probe.close()
+        for one in (sequential, measured):
+            assert one.network is not None
+            assert one.network > 0
+        assert sequential.overlaps == 0
+        assert measured.overlaps > 0
+        used = measured.traces[0].summary(probe.utilisation)
+        assert used["network"] * probe.peaks.sent_per_second == pytest.approx(
+            used["sent_per_second"]
+        )
+        assert tokens(run(llm)) == expected
 
 
 # Faults

@@ -11,8 +11,11 @@ from pipeline_graphs import small_graph
 from nf_runtime.chrome_trace import chrome_trace
 from nf_runtime.pipeline.compiler import compile_plan
 from nf_runtime.pipeline.division import divide
+from nf_runtime.pipeline.node_cost import NodeCosts
+from nf_runtime.pipeline.plan import DevicePeaks
 from nf_runtime.pipeline.policy import Reason
 from nf_runtime.pipeline.templates import TEMPLATES
+from nf_runtime.pipeline.utilisation import Utilisation
 from nf_runtime.timeline import IterationTrace, Timeline
 
 GRAPH = small_graph("dense", num_layers=2)
@@ -105,8 +108,34 @@ def test_a_summary_is_json() -> None:
         "context_tokens": 700,
         "wall_ms": 10.0,
         "concurrency": 1.3,
+        "gain": None,
         "idle_ms": {"device": 7.0, "compute": 4.0, "memory": 6.0},
     }
+
+
+def test_a_trace_says_what_each_iteration_gains_and_uses() -> None:
+    trace = made("nanoflow", OVERLAPPED)
+    trace.gain = 1.25
+    costs = NodeCosts(GRAPH, head_dim=8, element_bytes=4)
+    flops = costs.total(trace.schedule, trace.division, trace.contexts).flops
+    peaks = DevicePeaks(flops_per_second=flops * 400, bytes_per_second=1e9)
+    value = chrome_trace([trace], Utilisation(costs, peaks))
+    (args,) = (event["args"] for event in value["traceEvents"] if event["ph"] == "i")
+    assert args["gain"] == 1.25
+    assert args["flops_per_second"] == pytest.approx(flops * 100)  # it took 10 ms
+    assert args["compute"] == pytest.approx(0.25)
+    assert args["memory"] == pytest.approx(args["bytes_per_second"] / 1e9)
+    assert "network" not in args
+
+
+def test_a_timed_iteration_has_its_gain_from_sequential_ones_alike() -> None:
+    timeline = Timeline(every=1)
+    timeline.add(made("nanoflow", OVERLAPPED))
+    reference = made("sequential", SEQUENTIAL)
+    reference.reason = Reason.REFERENCE
+    timeline.add(reference)
+    timeline.add(made("nanoflow", OVERLAPPED))
+    assert [trace.gain for trace in timeline.traces] == [None, None, pytest.approx(0.8)]
 
 
 def test_a_trace_has_the_events_that_perfetto_reads() -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from nf_runtime.pipeline.utilisation import Utilisation
 from nf_runtime.timeline import IterationTrace
 
 _PROCESS = 1
 _GAP_US = 20.0  # between iterations, which were not measured one behind the other
 
 
-def chrome_trace(traces: Iterable[IterationTrace]) -> dict[str, Any]:
+def chrome_trace(
+    traces: Iterable[IterationTrace], utilisation: Utilisation | None = None
+) -> dict[str, Any]:
     """Iterations behind each other: a complete event per nano-operation, a thread per lane.
+
+    Args:
+        traces: The iterations.
+        utilisation: What tells their use of the device, if that is to be said as well.
 
     Returns:
         An object of the Trace Event Format; times are microseconds.
@@ -56,7 +63,7 @@ def chrome_trace(traces: Iterable[IterationTrace]) -> dict[str, Any]:
                 "ts": origin,
                 "pid": _PROCESS,
                 "tid": 0,
-                "args": trace.summary(),
+                "args": trace.summary(utilisation),
             }
         )
         origin += trace.wall_ns / 1e3 + _GAP_US

@@ -1,32 +1,23 @@
-"""What a device can do at most, measured."""
+"""Measures what a device can do at most."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from nf_kernels import cost
+from nf_kernels.collectives import Communicator
 from nf_kernels.ops import OperationSet
 from nf_runtime.device_stream import DeviceStream
+from nf_runtime.pipeline.plan import DevicePeaks
 
 _ROUNDS = 5
 _BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}  # far more than any cache holds
 _SIDE = {"cpu": 2048, "cuda": 8192}
-
-
-@dataclass(frozen=True, slots=True)
-class DevicePeaks:
-    """The best of some rounds.
-
-    Attributes:
-        flops_per_second: Of a large product of matrices.
-        bytes_per_second: Of reading weights for one row.
-    """
-
-    flops_per_second: float
-    bytes_per_second: float
+_SENT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
 def measure_peaks(
@@ -46,7 +37,37 @@ def measure_peaks(
     rows = _BYTES[device.type] // dtype.itemsize // columns
     memory = _linear(operations, stream, 1, columns, rows, dtype, device)
     weight_bytes = rows * columns * dtype.itemsize
-    return DevicePeaks(2 * side**3 / compute, weight_bytes / memory)
+    return DevicePeaks(
+        flops_per_second=2 * side**3 / compute, bytes_per_second=weight_bytes / memory
+    )
+
+
+def measure_network(
+    operations: OperationSet,
+    stream: DeviceStream,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    communicator: Communicator,
+) -> float:
+    """Bytes per second that a rank sends in a large sum over all ranks; all of them call this.
+
+    Args:
+        operations: As `measure_peaks`, which is called alike.
+        stream: Likewise.
+        dtype: Of what is added.
+        device: Where the stream works.
+        communicator: Of the ranks, which do nothing else.
+
+    Raises:
+        CommunicatorError: Another rank has ended.
+    """
+    elements = _SENT_BYTES[device.type] // dtype.itemsize
+    x = torch.zeros(elements, dtype=dtype, device=device)
+    seconds = _seconds(stream, lambda: stream.call(partial(communicator.all_reduce, x)))
+    ranks = communicator.world_size
+    sum_ = cost.all_reduce(elements=elements, element_bytes=dtype.itemsize, ranks=ranks)
+    return sum_.bytes_sent / seconds
 
 
 def _linear(
@@ -73,6 +94,8 @@ def _seconds(stream: DeviceStream, function: Callable[[], None]) -> float:
             started = time.perf_counter()
             with stream:
                 function()
-            stream.record().wait()
+            done = stream.record()
+            done.wait()
+            done.check()
             best = min(best, time.perf_counter() - started)
     return best

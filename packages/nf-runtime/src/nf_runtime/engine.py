@@ -13,6 +13,7 @@ from nf_kernels.cost import Category
 from nf_kvcache.copier import make_copier
 from nf_runtime.config import EngineConfig
 from nf_runtime.device import name_device, pick_device
+from nf_runtime.device_peaks import measure_peaks
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.graph import LayerGraph
@@ -23,8 +24,10 @@ from nf_runtime.loop import IterationLoop, IterationRunner, LoopStats
 from nf_runtime.model_source import find_model
 from nf_runtime.models import read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
+from nf_runtime.pipeline.plan import DevicePeaks
 from nf_runtime.pipeline.plan_store import PlanTarget, find_policy, model_fingerprint
 from nf_runtime.pipeline.policy import OverlapPolicy
+from nf_runtime.pipeline.utilisation import Utilisation
 from nf_runtime.ranks.group import RankGroup
 from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
@@ -271,6 +274,23 @@ class Engine:
             expert_features=len(shard.expert_inner(model)),
             ranks=shard.size,
         )
+
+    def measure_peaks(self) -> DevicePeaks:
+        """What the device, and the network between ranks, can do at most; takes some seconds.
+
+        Raises:
+            EngineDeadError: A rank has ended.
+        """
+        peaks = self.executor.measure(measure_peaks)
+        if self._group is None:
+            return peaks
+        sent = self._group.measure_network(self.executor)
+        return peaks.model_copy(update={"sent_per_second": sent})
+
+    def utilisation(self) -> Utilisation:
+        """What tells the use of the device, by peaks if the plans were measured beside some."""
+        plan_set = self.executor.policy.plan_set
+        return Utilisation(self.node_costs(), None if plan_set is None else plan_set.peaks)
 
     def _overlap_steps(self) -> dict[str, dict[str, int]]:
         steps: dict[str, dict[str, int]] = {}

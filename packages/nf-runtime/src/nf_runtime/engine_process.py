@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -116,7 +115,7 @@ class EngineProcess:
                 engine.set_overlap(question["overlap"])
                 self._outgoing.put({"answer": {"number": number, "value": None}})
             else:
-                self._outgoing.put(_TimelineAnswer(number, engine.executor.timeline.traces))
+                self._outgoing.put(_TimelineAnswer(number, engine))
         except NanoFlowError as error:
             self._outgoing.put({"answer": {"number": number, "error": str(error)}})
 
@@ -163,14 +162,16 @@ class _Later(Protocol):
 class _TimelineAnswer:
     """The iterations that were timed, as a trace, which takes a while to make."""
 
-    def __init__(self, number: int, traces: Sequence[Any]) -> None:
+    def __init__(self, number: int, engine: Any) -> None:
         self._number = number
-        self._traces = traces
+        self._traces = engine.executor.timeline.traces
+        self._utilisation = engine.utilisation()
 
     def to_json(self) -> dict[str, Any]:
         from nf_runtime.chrome_trace import chrome_trace
 
-        return {"answer": {"number": self._number, "value": chrome_trace(self._traces)}}
+        trace = chrome_trace(self._traces, self._utilisation)
+        return {"answer": {"number": self._number, "value": trace}}
 
 
 class _Iteration:

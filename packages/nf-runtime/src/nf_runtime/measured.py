@@ -67,6 +67,7 @@ class Measured:
         concurrency: Median of the sum of all operations' times by that time.
         compute: Median part of the measured peak of products that was used.
         memory: Median part of the measured peak of reading that was used.
+        network: Median part of the measured peak of sending that was used; None with one rank.
         traces: Of its iterations.
     """
 
@@ -79,6 +80,7 @@ class Measured:
     concurrency: float
     compute: float
     memory: float
+    network: float | None
     traces: tuple[IterationTrace, ...]
 
     @property

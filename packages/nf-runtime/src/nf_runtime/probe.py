@@ -10,13 +10,12 @@ from statistics import median
 
 import numpy as np
 
-from nf_runtime.device_peaks import DevicePeaks, measure_peaks
 from nf_runtime.engine import Engine
 from nf_runtime.measured import Load, Measured
 from nf_runtime.pipeline.division import divide
-from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan import Plan
 from nf_runtime.pipeline.policy import Choice, Reason
+from nf_runtime.pipeline.utilisation import Utilisation
 from nf_runtime.sampler import RequestSampling
 from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.timeline import IterationTrace
@@ -44,8 +43,8 @@ class Probe:
         self._executor = engine.executor
         self._names: list[str] = []
         self._iteration = 1 << 40  # no number that the engine's scheduler comes to
-        self.peaks: DevicePeaks = engine.executor.measure(measure_peaks)
-        self._costs: NodeCosts = engine.node_costs()
+        self.peaks = engine.measure_peaks()
+        self.utilisation = Utilisation(engine.node_costs(), self.peaks)
 
     def measure(
         self,
@@ -199,8 +198,11 @@ class Probe:
         seconds: list[float],
     ) -> Measured:
         ratios = [one.wall_ns / own.wall_ns for one, own in zip(sequential, traces, strict=True)]
-        work = self._costs.total(traces[0].schedule, traces[0].division, traces[0].contexts)
+        for trace, ratio in zip(traces, ratios, strict=True):
+            trace.gain = ratio
         wall = median(trace.wall_ns for trace in traces) * 1e-9
+        first = traces[0]
+        used = self.utilisation.of(first.schedule, first.division, first.contexts, wall)
         low, high = np.quantile(ratios, [0.25, 0.75]).tolist()
         return Measured(
             plan=plan,
@@ -210,8 +212,9 @@ class Probe:
             wall_ms=wall * 1e3,
             seconds=median(seconds),
             concurrency=median(trace.concurrency for trace in traces),
-            compute=work.flops / wall / self.peaks.flops_per_second,
-            memory=work.bytes_moved / wall / self.peaks.bytes_per_second,
+            compute=used["compute"],
+            memory=used["memory"],
+            network=used.get("network"),
             traces=tuple(traces),
         )
 

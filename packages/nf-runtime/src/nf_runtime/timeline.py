@@ -15,6 +15,7 @@ from nf_runtime.pipeline.overlap_gain import OverlapGain
 from nf_runtime.pipeline.plan import Plan
 from nf_runtime.pipeline.policy import Choice, Reason
 from nf_runtime.pipeline.schedule import Node, Schedule
+from nf_runtime.pipeline.utilisation import Utilisation
 from nf_scheduler import Batch
 
 _KEPT = 64  # iterations
@@ -36,6 +37,8 @@ class IterationTrace:
             iterations where operations run as programs.
         times: int64 [N, 2], start and end of every nano-operation, in ns since the first started;
             -1 for what had no rows.
+        gain: Time of sequential iterations with batches alike by that of this one, where it was
+            measured.
     """
 
     iteration: int
@@ -47,6 +50,7 @@ class IterationTrace:
     division: Division
     start_ns: int = 0
     times: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    gain: float | None = None
 
     @classmethod
     def of(
@@ -68,8 +72,15 @@ class IterationTrace:
         rows = Rows.ALL if node.operation.rows is Rows.SELECTED else node.operation.rows
         return self.division.rows(rows, node.first, node.end)
 
-    def summary(self) -> dict[str, Any]:
-        """What is to be said of it in a few numbers, as JSON takes them."""
+    def summary(self, utilisation: Utilisation | None = None) -> dict[str, Any]:
+        """What is to be said of it in a few numbers, as JSON takes them.
+
+        Args:
+            utilisation: What tells the use of the device, if that is to be said as well.
+        """
+        used = {}
+        if utilisation is not None and self.wall_ns:
+            used = utilisation.of(self.schedule, self.division, self.contexts, self.wall_ns * 1e-9)
         return {
             "iteration": self.iteration,
             "plan": self.schedule.plan.name,
@@ -79,7 +90,9 @@ class IterationTrace:
             "context_tokens": int(self.contexts.sum()),
             "wall_ms": self.wall_ns / 1e6,
             "concurrency": round(self.concurrency, 4),
+            "gain": self.gain if self.gain is None else round(self.gain, 4),
             "idle_ms": {lane: ns / 1e6 for lane, ns in self.idle_ns().items()},
+            **used,
         }
 
     @property
@@ -173,6 +186,8 @@ class Timeline:
         self._traces.append(trace)
         plan = trace.schedule.plan
         self.gain.add(plan, trace.reason, trace.tokens, trace.decodes, trace.wall_ns)
+        if not plan.is_sequential:
+            trace.gain = self.gain.of(trace.tokens, trace.decodes, trace.wall_ns)
 
     def clear(self) -> None:
         """Forget the iterations that were timed."""

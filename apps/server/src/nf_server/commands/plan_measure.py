@@ -52,12 +52,12 @@ def measure(
             check_output("--output", output)
         asked = None if loads is None else [Load.parse(text) for text in loads.split(",")]
         with probing(engine_options | {"overlap": "off", "timeline_every": 0}) as (engine, probe):
-            target = engine.plan_target
+            target, peaks = engine.plan_target, probe.peaks
             print(f"{engine.info.model}, {target.dtype} on {target.device}; {rounds} rounds")
             plans = _plans(engine)
             interrupted = _measure(probe, plans[1:], _loads(engine, probe, asked), rounds, measured)
         if measured:
-            plan_set = form_plan_set(measured, plans, target)
+            plan_set = form_plan_set(measured, plans, target, peaks=peaks)
             if path is None:
                 directory = default_directory() if plan_dir is None else Path(plan_dir)
                 path = directory / file_name(plan_set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from nf_server.commands.probing import INTERRUPTED, check_output, probing
 from nf_server.gantt import draw, middle_layers
 
 if TYPE_CHECKING:
-    from nf_runtime.device_peaks import DevicePeaks
     from nf_runtime.measured import Measured
+    from nf_runtime.pipeline.plan import DevicePeaks
     from nf_runtime.pipeline.policy import Choice
+    from nf_runtime.pipeline.utilisation import Utilisation
     from nf_runtime.timeline import IterationTrace
 
 _WHY_SEQUENTIAL = {
@@ -66,7 +67,8 @@ def timeline(
                 measured = probe.measure(plans, batch, rounds=rounds, progress=bar.update)
             info, peaks = engine.info, probe.peaks
             device, overlap = engine.plan_target.device, engine.config.overlap
-        _write_trace(measured, output)
+            utilisation = probe.utilisation
+        _write_trace(measured, utilisation, output)
     except (NanoFlowError, ValueError) as error:
         fail(as_flags(str(error)))
     except OSError as error:
@@ -84,8 +86,8 @@ def timeline(
             "plan": choice.plan.name,
             "reason": str(choice.reason),
             "nothing_overlapped": why,
-            "peaks": asdict(peaks),
-            "plans": [_values(one) for one in measured],
+            "peaks": peaks.model_dump(),
+            "plans": [_values(one, utilisation) for one in measured],
             "trace": output,
         }
         print(json.dumps(values))
@@ -104,13 +106,13 @@ def timeline(
     return 0
 
 
-def _write_trace(measured: list[Measured], output: str) -> None:
+def _write_trace(measured: list[Measured], utilisation: Utilisation, output: str) -> None:
     """All iterations in the order in which they ran, counted from 0."""
     from nf_runtime.chrome_trace import chrome_trace
 
     traces = sorted((trace for one in measured for trace in one.traces), key=lambda t: t.iteration)
     numbered = [replace(trace, iteration=number) for number, trace in enumerate(traces)]
-    Path(output).write_text(json.dumps(chrome_trace(numbered)), encoding="utf-8")
+    Path(output).write_text(json.dumps(chrome_trace(numbered, utilisation)), encoding="utf-8")
 
 
 def _why_nothing_overlapped(choice: Choice, measured: list[Measured]) -> str | None:
@@ -125,7 +127,7 @@ def _why_nothing_overlapped(choice: Choice, measured: list[Measured]) -> str | N
     )
 
 
-def _values(one: Measured) -> dict[str, Any]:
+def _values(one: Measured, utilisation: Utilisation) -> dict[str, Any]:
     return {
         "plan": one.plan,
         "wall_ms": one.wall_ms,
@@ -138,16 +140,17 @@ def _values(one: Measured) -> dict[str, Any]:
         "idle_ms": one.idle_ms,
         "compute_share": one.compute,
         "memory_share": one.memory,
+        "network_share": one.network,
         "host_share": one.host_share,
-        "iterations": [trace.summary() for trace in one.traces],
+        "iterations": [trace.summary(utilisation) for trace in one.traces],
     }
 
 
 def _table(measured: list[Measured]) -> list[str]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             *("plan", "wall ms", "gain", "quartiles", "concurrency"),
-            *("compute", "memory", "CPU beside", "idle ms"),
+            *("compute", "memory", "network", "CPU beside", "idle ms"),
         )
     ]
     for one in measured:
@@ -163,10 +166,13 @@ def _table(measured: list[Measured]) -> list[str]:
                 f"{one.concurrency:.2f}",
                 f"{one.compute:.0%}",
                 f"{one.memory:.0%}",
+                "" if one.network is None else f"{one.network:.0%}",
                 f"{one.host_share:.0%}",
                 ", ".join(f"{name} {ms:.3f}" for name, ms in lanes.items()),
             )
         )
+    if measured[0].network is None:  # one rank
+        rows = [(*row[:7], *row[8:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -181,9 +187,13 @@ def _batch_text(load: Any) -> str:
 
 
 def _peaks_text(peaks: DevicePeaks) -> str:
+    names, most = "Compute and memory", f"{peaks.bytes_per_second / 1e9:.3g} GB/s"
+    if peaks.sent_per_second:
+        names = "Compute, memory and network"
+        most += f", and {peaks.sent_per_second / 1e9:.3g} GB/s sent by a rank"
     return (
-        f"Compute and memory are parts of what was measured at most: "
-        f"{peaks.flops_per_second / 1e12:.3g} TFLOP/s and {peaks.bytes_per_second / 1e9:.3g} GB/s. "
+        f"{names} are parts of what was measured at most: "
+        f"{peaks.flops_per_second / 1e12:.3g} TFLOP/s and {most}. "
         "CPU beside is the part of an iteration, from launch to result, in which no operation ran."
     )
 

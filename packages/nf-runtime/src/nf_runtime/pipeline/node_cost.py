@@ -12,7 +12,7 @@ from nf_kernels import cost
 from nf_kernels.cost import Cost
 from nf_runtime.graph import LayerGraph, Operation, Rows
 from nf_runtime.pipeline.division import Division
-from nf_runtime.pipeline.schedule import Node, Schedule
+from nf_runtime.pipeline.schedule import Node, Schedule, operation_of
 
 
 class NodeCosts:
@@ -72,8 +72,13 @@ class NodeCosts:
             contexts: int [requests], tokens of each before the batch.
         """
         result = Cost(0, 0, 0)
-        for number in range(len(schedule.nodes)):
-            result += self.of(schedule.node(number), division, contexts)
+        known: dict[tuple[float, ...], Cost] = {}  # most layers are alike
+        for number, (part, index, first, end, _) in enumerate(schedule.nodes.tolist()):
+            window = operation_of(schedule.graph, part, index).constants.get("window", 0)
+            key = schedule.signature(part, index), window, first, end
+            if key not in known:
+                known[key] = self.of(schedule.node(number), division, contexts)
+            result += known[key]
         return result
 
     def of(self, node: Node, division: Division, contexts: np.ndarray) -> Cost:

@@ -50,6 +50,11 @@ class OverlapGain:
             _blend(self._overlapped, (plan.name, bucket), wall_ns / tokens)
             self._wanted.add(bucket)
 
+    def of(self, tokens: int, decodes: int, wall_ns: int) -> float | None:
+        """Time of a sequential iteration with such a batch by that of another; None: not known."""
+        per_token = self._sequential.get(_bucket(tokens, decodes))
+        return None if per_token is None or not wall_ns else per_token * tokens / wall_ns
+
     def ratios(self) -> Mapping[str, float]:
         """For each plan, the mean over its batches; above 1 overlap is faster."""
         found: dict[str, list[float]] = {}

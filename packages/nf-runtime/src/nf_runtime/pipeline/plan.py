@@ -220,6 +220,21 @@ class Bucket(_Part):
         )
 
 
+class DevicePeaks(_Part):
+    """What a device can do at most, measured.
+
+    Attributes:
+        flops_per_second: Of a large product of matrices.
+        bytes_per_second: Of reading weights for one row.
+        sent_per_second: Bytes that a rank sends in a large sum over all ranks; 0 where there is one
+            rank.
+    """
+
+    flops_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    bytes_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    sent_per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class PlanSet(_Part):
     """Plans by bucket, for one model on one device.
 
@@ -231,6 +246,7 @@ class PlanSet(_Part):
         plans: By name.
         buckets: The first that holds a batch says its plan; a batch that none holds runs
             sequentially.
+        peaks: Of the device, measured beside the plans.
         schema_version: Of this format.
     """
 
@@ -241,6 +257,7 @@ class PlanSet(_Part):
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     plans: tuple[Plan, ...]
     buckets: tuple[Bucket, ...]
+    peaks: DevicePeaks | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import isqrt
 
 from nf_runtime.measured import Load, Measured
-from nf_runtime.pipeline.plan import Bucket, Plan, PlanSet
+from nf_runtime.pipeline.plan import Bucket, DevicePeaks, Plan, PlanSet
 from nf_runtime.pipeline.plan_store import PlanTarget
 
 _DECODES = (1, 8, 32, 128)
@@ -39,7 +39,11 @@ def default_loads(max_num_seqs: int, batch_tokens: int) -> list[Load]:
 
 
 def form_plan_set(
-    measured: Mapping[Load, Sequence[Measured]], plans: Iterable[Plan], target: PlanTarget
+    measured: Mapping[Load, Sequence[Measured]],
+    plans: Iterable[Plan],
+    target: PlanTarget,
+    *,
+    peaks: DevicePeaks | None = None,
 ) -> PlanSet:
     """The plans that were faster than the sequential one, each for batches like the measured ones.
 
@@ -54,6 +58,7 @@ def form_plan_set(
         measured: Of each load, what was measured besides the sequential plan, which may be nothing.
         plans: The sequential plan, and at least all those in `measured`.
         target: What they were measured for.
+        peaks: Of the device.
     """
     by_name = {plan.name: plan for plan in plans}
     sequential = next(plan for plan in by_name.values() if plan.is_sequential)
@@ -76,6 +81,7 @@ def form_plan_set(
         tensor_parallel_size=target.tensor_parallel_size,
         plans=tuple(plan for name, plan in by_name.items() if name in used),
         buckets=tuple(buckets),
+        peaks=peaks,
     )
 
 

@@ -3,8 +3,8 @@
 A frame is its kind (1 byte), the length of its body (4 bytes, little-endian) and the body. While
 starting, both sides send JSON objects with one key: rank 0 `config`, `size` and `start`; another
 rank `loaded`, `sized` and `ready`, at the end `stopped`, and `failed` when it has to end. In
-between, rank 0 sends policies, plans, iterations and copies of pages, and at last that it is to
-stop.
+between, rank 0 sends policies, plans, iterations, copies of pages and what is measured, and at last
+that it is to stop.
 """
 
 import json
@@ -36,6 +36,8 @@ class Kind(IntEnum):
     """A batch, its page tables, its plan, and the prompt rows whose logits are wanted."""
     DUPLICATE = ord("D")
     """A page of KV, and the one it is copied to."""
+    NETWORK = ord("N")
+    """Sums over all ranks are measured."""
     STOP = ord("S")
     """Nothing more will be sent."""
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from nf_kernels import num_threads, set_num_threads
 from nf_kernels.collectives import Communicator, CommunicatorError, connect
 from nf_runtime.config import EngineConfig
+from nf_runtime.device_peaks import measure_network
 from nf_runtime.errors import EngineDeadError, ModelLoadError, NanoFlowError
+from nf_runtime.executor import Executor
 from nf_runtime.pipeline.plan import Plan, PlanSet
 from nf_runtime.ranks.frames import (
     Kind,
@@ -180,6 +183,23 @@ class RankGroup:
             EngineDeadError: A rank has ended.
         """
         self._broadcast(Kind.DUPLICATE, pack_duplicate(source, target))
+
+    def measure_network(self, executor: Executor) -> float:
+        """As `device_peaks.measure_network`, behind what was launched.
+
+        Args:
+            executor: Of rank 0.
+
+        Raises:
+            EngineDeadError: A rank has ended.
+        """
+        if self._communicator is None:
+            raise RuntimeError("the ranks are not connected; call connect first")
+        self._broadcast(Kind.NETWORK, b"")
+        try:
+            return executor.measure(partial(measure_network, communicator=self._communicator))
+        except Exception as error:
+            raise self.failure(error) from error
 
     def check(self) -> None:
         """Raise `failure` if a rank has ended."""

@@ -42,7 +42,8 @@ class RankProcess:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._frames: queue.SimpleQueue[tuple[Kind, bytes]] = queue.SimpleQueue()
-        self._launched: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False ends the waiting
+        self._launched: queue.SimpleQueue[bool | threading.Event] = queue.SimpleQueue()
+        # For each iteration True, at the end False; an event is set when it is come to.
         self._is_serving = False
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -68,6 +69,7 @@ class RankProcess:
 
         from nf_kernels.collectives import connect
         from nf_kvcache.copier import make_copier
+        from nf_runtime.device_peaks import measure_network
         from nf_runtime.loaded_model import load_model
         from nf_runtime.pipeline.plan import Plan, PlanSet
         from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
@@ -116,6 +118,11 @@ class RankProcess:
             elif kind is Kind.DUPLICATE:
                 pages = unpack_duplicate(body)
                 executor.call(partial(copier.duplicate, kv_cache.layers, *pages))
+            elif kind is Kind.NETWORK:
+                polled = threading.Event()  # all that was launched
+                self._launched.put(polled)
+                polled.wait()
+                executor.measure(partial(measure_network, communicator=communicator))
             else:  # what is left is to stop
                 break
         self._launched.put(False)
@@ -128,8 +135,11 @@ class RankProcess:
 
     def _wait_for_iterations(self, executor: Any) -> None:
         try:
-            while self._launched.get():
-                executor.poll()
+            while launched := self._launched.get():
+                if isinstance(launched, threading.Event):
+                    launched.set()
+                else:
+                    executor.poll()
         except Exception as error:
             self._fail(error)
 
