@@ -21,7 +21,7 @@ from nf_kvcache import KVCache
 from nf_runtime import LLM, ModelLoadError, NanoFlowError, SamplingParams
 from nf_runtime.engine_types import EngineStats
 from nf_runtime.loop import IterationLoop
-from nf_runtime.pipeline.plan import Bucket, PlanSet
+from nf_runtime.pipeline.plan import Bucket, PlanError, PlanSet
 from nf_runtime.pipeline.templates import sequential
 from nf_runtime.replay import LogEnd, Replay, ReplayReport
 from nf_runtime.replay.log_format import Tag
@@ -135,6 +135,27 @@ def test_batches_as_large_as_plans_want_them_are_repeated(
     llm = record(overlap=str(tmp_path / "plans.json"))
     assert conversation(llm) == expected
     assert llm.engine.stats.iterations > plain.engine.stats.iterations  # of fewer tokens each
+    stats = shut_down(llm)
+    assert_same(Replay(logs(tmp_path)[-1]).run(), stats)
+
+
+def test_swapped_plans_have_batches_as_large_as_they_want_them(
+    record: Callable[..., LLM], tmp_path: Path
+) -> None:
+    plain = record(replay_log_dir=None)
+    plan = sequential(plain.engine.graph)
+    bucket = Bucket(tokens=(1, 1 << 20), plan=plan.name, token_budget=8, prefill_chunk=4)
+    PlanSet(plans=(plan,), buckets=(bucket,)).save(tmp_path / "plans.json")
+    expected, iterations = conversation(plain), plain.engine.stats.iterations
+    llm = record(overlap="off")
+    before = 0
+    for overlap in (str(tmp_path / "plans.json"), "off"):
+        llm.engine.set_overlap(overlap)
+        assert conversation(llm) == expected
+        count, before = llm.engine.stats.iterations - before, llm.engine.stats.iterations
+        assert (count > iterations) == (overlap != "off")
+    with pytest.raises(PlanError, match="overlap is 'nothing'"):
+        llm.engine.set_overlap("nothing")
     stats = shut_down(llm)
     assert_same(Replay(logs(tmp_path)[-1]).run(), stats)
 
