@@ -27,7 +27,7 @@ from nf_runtime.replay import LogEnd, Replay, ReplayReport
 from nf_runtime.replay.log_format import Tag
 from nf_runtime.replay.log_reader import LogReader
 from nf_runtime.replay.log_writer import LogWriter
-from nf_scheduler import Scheduler
+from nf_scheduler import Scheduler, TokenBudget
 
 MakeCheckpoint = Callable[..., Path]
 MIB = 1 << 20
@@ -174,7 +174,7 @@ def test_policies_and_admissions_are_repeated(
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "add", "step", "step", "step", "abort", "fail"]),
+        st.sampled_from(["add", "add", "add", "step", "step", "step", "abort", "fail", "budgets"]),
         st.integers(0, 10_000),
     ),
     min_size=20,
@@ -221,6 +221,9 @@ def check_anything_is_repeated(
             add(toy, names, number)
         elif action == "abort" and names:
             toy.loop.abort(names[number % len(names)])
+        elif action == "budgets":
+            budget = TokenBudget(1 + number % 4, 4 + number % 9, 1 + number % 6)
+            toy.loop.set_budgets((budget,) if number % 3 else ())
         elif action == "fail":
             toy.runner.fails_next = number % 5 == 0
             toy.runner.is_broken = number % 7 == 0
