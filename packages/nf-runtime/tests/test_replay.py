@@ -21,13 +21,13 @@ from nf_kvcache import KVCache
 from nf_runtime import LLM, ModelLoadError, NanoFlowError, SamplingParams
 from nf_runtime.engine_types import EngineStats
 from nf_runtime.loop import IterationLoop
-from nf_runtime.pipeline.plan import Bucket, PlanSet
+from nf_runtime.pipeline.plan import Bucket, PlanError, PlanSet
 from nf_runtime.pipeline.templates import sequential
 from nf_runtime.replay import LogEnd, Replay, ReplayReport
 from nf_runtime.replay.log_format import Tag
 from nf_runtime.replay.log_reader import LogReader
 from nf_runtime.replay.log_writer import LogWriter
-from nf_scheduler import Scheduler
+from nf_scheduler import Scheduler, TokenBudget
 
 MakeCheckpoint = Callable[..., Path]
 MIB = 1 << 20
@@ -139,6 +139,27 @@ def test_batches_as_large_as_plans_want_them_are_repeated(
     assert_same(Replay(logs(tmp_path)[-1]).run(), stats)
 
 
+def test_swapped_plans_have_batches_as_large_as_they_want_them(
+    record: Callable[..., LLM], tmp_path: Path
+) -> None:
+    plain = record(replay_log_dir=None)
+    plan = sequential(plain.engine.graph)
+    bucket = Bucket(tokens=(1, 1 << 20), plan=plan.name, token_budget=8, prefill_chunk=4)
+    PlanSet(plans=(plan,), buckets=(bucket,)).save(tmp_path / "plans.json")
+    expected, iterations = conversation(plain), plain.engine.stats.iterations
+    llm = record(overlap="off")
+    before = 0
+    for overlap in (str(tmp_path / "plans.json"), "off"):
+        llm.engine.set_overlap(overlap)
+        assert conversation(llm) == expected
+        count, before = llm.engine.stats.iterations - before, llm.engine.stats.iterations
+        assert (count > iterations) == (overlap != "off")
+    with pytest.raises(PlanError, match="overlap is 'nothing'"):
+        llm.engine.set_overlap("nothing")
+    stats = shut_down(llm)
+    assert_same(Replay(logs(tmp_path)[-1]).run(), stats)
+
+
 @pytest.mark.parametrize("policy", ["priority", "shortest", "prefix", "slo"])
 @pytest.mark.parametrize("admission", ["predict", "reserve", "greedy"])
 def test_policies_and_admissions_are_repeated(
@@ -153,7 +174,7 @@ def test_policies_and_admissions_are_repeated(
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "add", "step", "step", "step", "abort", "fail"]),
+        st.sampled_from(["add", "add", "add", "step", "step", "step", "abort", "fail", "budgets"]),
         st.integers(0, 10_000),
     ),
     min_size=20,
@@ -200,6 +221,9 @@ def check_anything_is_repeated(
             add(toy, names, number)
         elif action == "abort" and names:
             toy.loop.abort(names[number % len(names)])
+        elif action == "budgets":
+            budget = TokenBudget(1 + number % 4, 4 + number % 9, 1 + number % 6)
+            toy.loop.set_budgets((budget,) if number % 3 else ())
         elif action == "fail":
             toy.runner.fails_next = number % 5 == 0
             toy.runner.is_broken = number % 7 == 0

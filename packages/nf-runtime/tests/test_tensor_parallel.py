@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -295,9 +296,9 @@ def test_swapped_plans_and_their_lanes_are_given_up_on_all_ranks(
             path.write_text(plan.model_copy(update={"lanes": lanes}).model_dump_json())
             llm.engine.set_overlap(str(path))
             assert tokens(run(llm)) == expected
-            threads.append((len(list(own.iterdir())), len(list(other.iterdir()))))
+            threads.append(tuple(len(list(tasks.iterdir())) for tasks in (own, other)))
             plans.append(len(group._plans))
-        assert threads == [threads[0]] * 6
+        assert all(many[0] <= threads[0][0] and many[1] == threads[0][1] for many in threads)
         assert threads[0][1] > without
         assert max(plans) <= 2
         with pytest.raises(PlanError, match="collectives on the lanes first, second"):
@@ -440,6 +441,14 @@ async def test_ranks_end_with_an_engine_that_is_killed(tiny_checkpoint: MakeChec
     await engine.shutdown()
 
 
+def said_by_the_group(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "nf_runtime.ranks.group" and record.levelno >= logging.WARNING
+    ]
+
+
 def test_ranks_end_in_order(
     tiny_checkpoint: MakeCheckpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -451,7 +460,7 @@ def test_ranks_end_in_order(
     llm.shutdown()
     assert time.monotonic() - started < 8  # none had to be killed
     assert [rank.returncode for rank in ranks] == [0]
-    assert not caplog.records
+    assert not said_by_the_group(caplog)
 
 
 def test_ranks_that_have_not_started_end_at_once(tiny_checkpoint: MakeCheckpoint) -> None:
@@ -473,9 +482,7 @@ def test_a_rank_that_does_not_end_is_killed(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     llm = load(tiny_checkpoint("llama3"), 2)
     llm.shutdown()
-    assert [record.getMessage() for record in caplog.records] == [
-        "rank 1 of 2 was killed by signal 9"
-    ]
+    assert said_by_the_group(caplog) == ["rank 1 of 2 was killed by signal 9"]
 
 
 def test_a_rank_ends_with_rank_0() -> None:

@@ -225,6 +225,23 @@ def test_budgets_by_number_of_decodes(pages):
     assert scheduler.schedule().num_decodes >= 2
 
 
+def test_budgets_change_from_the_next_batch_on(pages):
+    scheduler = make(pages, max_num_batched_tokens=32, budgets=(TokenBudget(8, 8, 3),))
+    for name in "abcd":
+        scheduler.add(request(name, 30, 9))
+    first = scheduler.schedule()
+    scheduler.set_budgets((TokenBudget(8, 16, 16),))
+    second = scheduler.schedule()  # one iteration ahead
+    scheduler.set_budgets(())
+    third = scheduler.schedule()
+    assert [batch.num_tokens for batch in (first, second, third)] == [8, 16, 32]
+    with pytest.raises(ValueError, match="num_tokens of a budget is 33; expected at most"):
+        scheduler.set_budgets((TokenBudget(1, 33, 1),))
+    assert scheduler.schedule().num_tokens == 32
+    for batch in (first, second, third):
+        commit(scheduler, batch)
+
+
 def test_bad_budgets_are_refused():
     with pytest.raises(ValueError, match="num_tokens is 3, for up to 4 decodes"):
         TokenBudget(4, 3, 1)

@@ -250,7 +250,7 @@ class Engine:
     def set_overlap(self, overlap: str) -> None:
         """Run iterations by other plans, from the next one on; requests go on.
 
-        How many tokens a batch has stays as the plans of the start say (`Bucket.token_budget`).
+        From then on batches have as many tokens as these plans want (`Bucket.token_budget`).
 
         Args:
             overlap: As `EngineConfig.overlap`.
@@ -259,9 +259,11 @@ class Engine:
             PlanError: It names no plan, or one that does not fit; then all stays as it was.
         """
         policy = self._find_policy(overlap)
+        budgets = policy.budgets(self.config.batch_tokens)
         self.executor.set_policy(policy)
         if self._group is not None:
             self._group.set_policy(policy.plan_set)
+        self.loop.set_budgets(budgets)
 
     def node_costs(self) -> NodeCosts:
         """What nano-operations ask of the device."""

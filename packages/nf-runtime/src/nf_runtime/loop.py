@@ -10,7 +10,7 @@ import numpy as np
 
 from nf_kvcache import IterationOffload
 from nf_runtime.iteration_output import IterationOutput
-from nf_scheduler import Batch, IterationResult, Progress, Request, Scheduler
+from nf_scheduler import Batch, IterationResult, Progress, Request, Scheduler, TokenBudget
 
 _RESTORE_WAIT_SECONDS = 0.01  # so long a new request may wait, if all others wait for their KV
 
@@ -118,6 +118,10 @@ class IterationLoop:
     def abort(self, request_id: str) -> bool:
         """End a request early; as `Scheduler.abort`."""
         return self._scheduler.abort(request_id)
+
+    def set_budgets(self, budgets: tuple[TokenBudget, ...]) -> None:
+        """Form batches by other budgets; as `Scheduler.set_budgets`."""
+        self._scheduler.set_budgets(budgets)
 
     def step(self) -> tuple[Progress, IterationOutput | None]:
         """Launch the next iteration, if one can run, and commit the oldest, if it is time.

@@ -6,12 +6,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from nf_scheduler.admission import Admission, PredictedPeak
 from nf_scheduler.batch import Batch
-from nf_scheduler.config import SchedulerConfig
+from nf_scheduler.config import SchedulerConfig, TokenBudget
 from nf_scheduler.errors import QueueFull
 from nf_scheduler.integrity import find_fault
 from nf_scheduler.output_lengths import OutputLengths
@@ -133,6 +134,17 @@ class Scheduler:
             refused=self._num_refused,
             timeouts=self._num_timeouts,
         )
+
+    def set_budgets(self, budgets: tuple[TokenBudget, ...]) -> None:
+        """Form batches by other budgets, from the next one on.
+
+        Args:
+            budgets: as `SchedulerConfig.budgets`.
+
+        Raises:
+            ValueError: they are out of order or above the limit; nothing has changed.
+        """
+        self._config = replace(self._config, budgets=budgets)
 
     def is_in_flight(self, request_id: str) -> bool:
         """Whether an iteration in flight contains a request of that name, finished or not."""

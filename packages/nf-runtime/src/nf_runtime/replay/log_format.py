@@ -27,6 +27,8 @@ class Tag(IntEnum):
     """A request is added."""
     ABORT = ord("X")
     """A request is aborted."""
+    BUDGETS = ord("U")
+    """Batches are formed by other budgets."""
     STEP = ord("S")
     """The loop does a step."""
     SETTLE = ord("T")
@@ -66,7 +68,9 @@ class Tag(IntEnum):
     """A digest of what a command gave."""
 
 
-COMMANDS = frozenset((Tag.ADD, Tag.ABORT, Tag.STEP, Tag.SETTLE, Tag.FAIL, Tag.SYNC, Tag.END))
+COMMANDS = frozenset(
+    (Tag.ADD, Tag.ABORT, Tag.BUDGETS, Tag.STEP, Tag.SETTLE, Tag.FAIL, Tag.SYNC, Tag.END)
+)
 
 
 class LogEnd(IntEnum):

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import astuple
 
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.loop import IterationLoop, IterationRunner, PageTables
@@ -10,7 +11,7 @@ from nf_runtime.replay.digests import progress_digest
 from nf_runtime.replay.log_format import LogEnd, Tag
 from nf_runtime.replay.recorded_runner import RecordedRunner
 from nf_runtime.replay.recorder import Recorder
-from nf_scheduler import Progress, QueueFull, Request, Scheduler
+from nf_scheduler import Progress, QueueFull, Request, Scheduler, TokenBudget
 
 
 class RecordedLoop(IterationLoop):
@@ -61,6 +62,13 @@ class RecordedLoop(IterationLoop):
         self._log.word(is_alive)
         self._log.flush()
         return is_alive
+
+    def set_budgets(self, budgets: tuple[TokenBudget, ...]) -> None:
+        """Form batches by other budgets."""
+        super().set_budgets(budgets)
+        self._log.tag(Tag.BUDGETS)
+        self._log.numbers([number for budget in budgets for number in astuple(budget)])
+        self._log.flush()
 
     def step(self) -> tuple[Progress, IterationOutput | None]:
         """Launch the next iteration, and commit the oldest."""

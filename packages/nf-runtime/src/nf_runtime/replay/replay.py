@@ -155,6 +155,10 @@ class Replay:
                 elif tag is Tag.ABORT:
                     is_alive = self._loop.abort(self._log.text())
                     self._compare(is_alive, "an abort finds its request alive, or does not")
+                elif tag is Tag.BUDGETS:
+                    numbers = self._log.numbers()
+                    rows = zip(*(numbers[i::3] for i in range(3)), strict=True)
+                    self._loop.set_budgets(tuple(TokenBudget(*row) for row in rows))
                 elif tag is Tag.SYNC:
                     self._loop.sync()
                 else:
