@@ -53,7 +53,7 @@ test: setup ## Run the whole test suite (ARGS= goes to pytest); under 20 minutes
 	$(PYTEST) -m 'not long and not gpu' --session-timeout=2700 $(ARGS)
 
 .PHONY: test-long
-test-long: setup ## Run the tests that take long: soak, many kill rounds, all kernel tiles, the whole feature matrix
+test-long: setup ## Run the tests that take long: soak, many kill rounds, many random plans, all kernel tiles, the whole feature matrix
 	$(PYTEST) -m 'long and not gpu' --timeout=7200 $(ARGS)
 
 .PHONY: gpu-check

@@ -57,6 +57,10 @@ def test_a_server_is_repeated(start_live: Start, tmp_path: Path) -> None:
     server = start_live(
         *OPTIONS, "--admission", "greedy", "--replay-log-dir", str(tmp_path / "log")
     )
+    # A chunk that the altered log below has no room for, however the others come together.
+    body = {"prompt": "x = 1\n" * 20, "max_tokens": 1}
+    usage = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["usage"]
+    assert usage["prompt_tokens"] > 24
     load(server)
     iterations = server.metric("nanoflow_iterations_total")
     preemptions = server.metric("nanoflow_preemptions_total")

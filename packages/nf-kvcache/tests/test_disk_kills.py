@@ -216,7 +216,7 @@ def kill_at_random(writers: list[WriterProcess], directory: Path, rounds: int, i
 
 
 def test_killed_at_random_moments(writers: list[WriterProcess], tmp_path: Path, io: str) -> None:
-    kill_at_random(writers, tmp_path, 5, io)
+    kill_at_random(writers, tmp_path, 2, io)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from nf_runtime.pipeline.templates import co_resident, nanoflow
 MakeCheckpoint = Callable[..., Path]
 Answers = list[tuple[list[int], list[float], list[float]]]
 
-EXAMPLES = 20
+EXAMPLES, MANY = 8, 60
 FEW = 4  # in plain torch, which is slow
 
 
@@ -113,11 +113,20 @@ prompt_lengths = st.lists(st.one_of(st.integers(2, 9), st.integers(2, 70)), min_
 
 
 def test_tokens_and_logits_are_those_of_the_sequential_plan(model: Model) -> None:
+    check_random_plans(model, EXAMPLES)
+
+
+@pytest.mark.long
+def test_tokens_and_logits_are_those_of_the_sequential_plan_many_times(model: Model) -> None:
+    check_random_plans(model, MANY)
+
+
+def check_random_plans(model: Model, examples: int) -> None:
     graph = model.llm.engine.graph
     exact = model.llm.engine.config.native_kernels  # all native operations are invariant
 
     @settings(
-        max_examples=EXAMPLES if exact else FEW,
+        max_examples=examples if exact else FEW,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
