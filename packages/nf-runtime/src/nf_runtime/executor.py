@@ -10,27 +10,28 @@ import torch
 from torch import Tensor
 
 from nf_kernels.collectives import Communicator
-from nf_kernels.cost import Category
 from nf_kernels.ops import OperationSet
 from nf_kvcache import IterationOffload
 from nf_runtime.activations import Activations
 from nf_runtime.bound_graph import BoundGraph
 from nf_runtime.device_api import CpuDevice, make_device_api
 from nf_runtime.device_graphs import DeviceGraphs
-from nf_runtime.graph import BatchInput, LayerGraph
+from nf_runtime.graph import LayerGraph
 from nf_runtime.iteration_output import IterationOutput
 from nf_runtime.launched_iteration import LaunchedIteration
 from nf_runtime.network_operations import NetworkOperations
 from nf_runtime.node_times import NodeTimes
-from nf_runtime.pipeline.division import Division, divide, strictest_structure
+from nf_runtime.pipeline.division import Division, divide
 from nf_runtime.pipeline.overlap_gain import OverlapGain
 from nf_runtime.pipeline.plan import MAX_NANO_BATCHES, Plan, PlanError
 from nf_runtime.pipeline.policy import Choice, OverlapPolicy, Reason
 from nf_runtime.pipeline.schedule import Schedule
 from nf_runtime.pipeline.schedules import Schedules
 from nf_runtime.pipeline.workspace import plan_workspace
+from nf_runtime.plan_check import check_plan
 from nf_runtime.program_runner import ProgramRunner
 from nf_runtime.row_logprobs import to_host
+from nf_runtime.sampled_ids import SampledIds
 from nf_runtime.sampler import SamplingPlan, TokenSampler
 from nf_runtime.staged_batch import StagedBatch, stage
 from nf_runtime.staging import StagingBuffer, StagingRing
@@ -139,7 +140,7 @@ class Executor:
         )
         self._schedules = Schedules(graph, self.workspace)
         self.stream_runner = StreamRunner(self._bound)
-        self._last_sampled = torch.zeros(max_requests, dtype=torch.int64, device=self._device)
+        self._sampled_ids = SampledIds(operations, max_requests=max_requests, device=self._device)
         self._api = make_device_api(self._device, operations)
         self._ring = StagingRing(2 if asynchronous else 1, self._device)
         self._launched: deque[LaunchedIteration] = deque()
@@ -163,7 +164,8 @@ class Executor:
             page_size=page_size,
             padding_page=len(kv_layers[0][0]) - 1,
         )
-        self.set_policy(OverlapPolicy(graph) if policy is None else policy)
+        self._policy = OverlapPolicy(graph)
+        self.set_policy(self._policy if policy is None else policy)
 
     @property
     def workspace_bytes(self) -> int:
@@ -183,13 +185,14 @@ class Executor:
         """
         plans = policy.plan_set.plans if policy.plan_set is not None else ()
         for plan in plans:
-            self._check(plan)
+            check_plan(plan, self._schedules, self._bound)
         self._api.release()
         try:
             for plan in plans:
                 self._api.streams(plan)
         except RuntimeError as error:
-            self._api.release()  # those of the policy before are made again by who needs them
+            self._api.release()
+            self._capture()  # lanes of the policy before are made again by who needs them
             raise PlanError(
                 f"plan {plan.name!r} cannot have its lanes on this device: {error}"
             ) from error
@@ -204,23 +207,6 @@ class Executor:
         """Capture the device graphs of the policy's plans."""
         with torch.inference_mode(), self._api.stream:
             self.device_graphs.capture(lambda decodes: self._policy.choose(decodes, decodes).plan)
-
-    def _check(self, plan: Plan) -> None:
-        """Refuse a plan that is not legal, before a batch asks for it."""
-        structure = strictest_structure(plan.nano_batches)
-        schedule = self._schedules.get(plan, structure, notices=False)
-        networked = set()
-        for number in range(len(schedule.nodes)):
-            node = schedule.node(number)
-            self._bound.function(node.operation, node.implementation)
-            is_in_layer = 0 <= node.layer < len(schedule.graph.layers)
-            if is_in_layer and node.operation.category is Category.NETWORK:
-                networked.add(plan.lane_names[node.lane])
-        if len(networked) > 1:  # in which order they come there, each rank would find out alone
-            raise PlanError(
-                f"plan {plan.name!r} has collectives on the lanes {', '.join(sorted(networked))}; "
-                f"expected one lane, on which all ranks do them in the same order"
-            )
 
     def launch(
         self,
@@ -264,10 +250,9 @@ class Executor:
         except BaseException:
             self.drain()  # until then the device drops what is given to it
             raise
-        if launched.trace is None:
+        trace = launched.read_trace()
+        if trace is None:
             raise RuntimeError("the iteration was not timed")
-        trace, times = launched.trace
-        trace.start_ns, trace.times = times.read()
         return trace
 
     def measure(self, measurement: Callable[..., _Result]) -> _Result:
@@ -321,11 +306,7 @@ class Executor:
             # On a CPU the arrays stay where they are, and are read to the end.
             uploaded = None if self._device.type == "cpu" else stream.record()
             if staged.has_unknown_tokens:
-                self._operations["feed_sampled"](
-                    token_ids=buffer.on_device(BatchInput.TOKEN_IDS.name),
-                    slots=buffer.on_device("slot_of_row"),
-                    last_sampled=self._last_sampled,
-                )
+                self._sampled_ids.feed(buffer)
             if graph is not None:
                 self.device_graphs.launch(graph, staged, buffer, offload)
             else:
@@ -358,9 +339,8 @@ class Executor:
             raise RuntimeError("poll was called without a launch; call launch first")
         launched = self._launched.popleft()
         output = launched.collect()
-        if launched.trace is not None:
-            trace, times = launched.trace
-            trace.start_ns, trace.times = times.read()
+        trace = launched.read_trace()
+        if trace is not None:
             self.timeline.add(trace)
         return output
 
@@ -427,11 +407,7 @@ class Executor:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
             if self._collectives:  # zero on all ranks but the one that samples
                 stream.call(partial(self._collectives["all_reduce"], x=sampled, out=sampled))
-            self._operations["keep_sampled"](
-                sampled=sampled,
-                slots=buffer.on_device("sample_slots"),
-                last_sampled=self._last_sampled,
-            )
+            self._sampled_ids.keep(sampled, buffer)
             sampled = to_host(sampled)
         prompt_logprobs = self.sampler.prompt_logprobs(plan, logits[num_sampled:], stream)
         return LaunchedIteration(batch, sampled, logprobs, prompt_logprobs, stream.record(), trace)

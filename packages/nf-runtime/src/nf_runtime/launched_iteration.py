@@ -50,3 +50,11 @@ class LaunchedIteration:
         return IterationOutput(
             IterationResult(self.batch.iteration, token_ids), logprobs, prompt_logprobs
         )
+
+    def read_trace(self) -> IterationTrace | None:
+        """How it ran, once it has; None if its times were not noted."""
+        if self.trace is None:
+            return None
+        trace, times = self.trace
+        trace.start_ns, trace.times = times.read()
+        return trace
