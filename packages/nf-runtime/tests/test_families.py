@@ -54,16 +54,24 @@ def load(path: Path, **options: object) -> LLM:
     return LLM(str(path), skip_tokenizer_init=True, **(defaults | options))
 
 
+@pytest.fixture(scope="module")
+def expected(family: str, tiny_checkpoint: MakeCheckpoint) -> list[list[int]]:
+    """What transformers answers to prompts of all lengths, with a model that says things."""
+    answers = oracle_tokens(tiny_checkpoint(family), prompts_of(LENGTHS), NEW_TOKENS)
+    assert len({token for tokens in answers for token in tokens}) > 20
+    return answers
+
+
 @pytest.mark.parametrize("native_kernels", [True, False], ids=["native", "plain"])
 def test_greedy_tokens_equal_transformers(
-    family: str, tiny_checkpoint: MakeCheckpoint, native_kernels: bool
+    family: str,
+    tiny_checkpoint: MakeCheckpoint,
+    expected: list[list[int]],
+    native_kernels: bool,
 ) -> None:
     """Eight mixed lengths in one batch, the longest in three chunks, then each one alone."""
-    path = tiny_checkpoint(family)
     prompts = prompts_of(LENGTHS)
-    expected = oracle_tokens(path, prompts, NEW_TOKENS)
-    assert len({token for tokens in expected for token in tokens}) > 20  # a model that says things
-    llm = load(path, native_kernels=native_kernels)
+    llm = load(tiny_checkpoint(family), native_kernels=native_kernels)
     assert our_tokens(llm, prompts, NEW_TOKENS) == expected
     for prompt, tokens in zip(prompts[3:6], expected[3:6], strict=True):
         assert our_tokens(llm, [prompt], NEW_TOKENS) == [tokens]
