@@ -1,34 +1,26 @@
 """One model on one device: requests in, tokens out."""
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
-from nf_kernels import ops
-from nf_kernels.cost import Category
 from nf_kvcache.copier import make_copier
 from nf_runtime.config import EngineConfig
-from nf_runtime.device import name_device, pick_device
+from nf_runtime.device import name_device
 from nf_runtime.device_peaks import measure_peaks
+from nf_runtime.engine_start import agree_on_memory, require_invariance, start_ranks
 from nf_runtime.engine_types import EngineInfo, EngineRequest, EngineStats, TokenOutput
-from nf_runtime.errors import ModelLoadError
-from nf_runtime.graph import LayerGraph
 from nf_runtime.iteration_output import IterationOutput
-from nf_runtime.loaded_model import LoadedModel, load_model
+from nf_runtime.loaded_model import load_model
 from nf_runtime.logprobs import RowLogprobs
 from nf_runtime.loop import IterationLoop, IterationRunner, LoopStats
-from nf_runtime.model_source import find_model
-from nf_runtime.models import read_config
 from nf_runtime.pipeline.node_cost import NodeCosts
 from nf_runtime.pipeline.plan import DevicePeaks
 from nf_runtime.pipeline.plan_store import PlanTarget, find_policy, model_fingerprint
-from nf_runtime.pipeline.policy import OverlapPolicy
 from nf_runtime.pipeline.utilisation import Utilisation
-from nf_runtime.ranks.group import RankGroup
 from nf_runtime.ranks.runner import GroupCopier, GroupRunner
 from nf_runtime.replay.recorded_loop import RecordedLoop
 from nf_runtime.replay.recorder import Recorder
@@ -36,8 +28,6 @@ from nf_runtime.sampler import RequestSampling, Sampler
 from nf_runtime.sampling_params import SamplingParams
 from nf_runtime.scheduling import make_scheduler
 from nf_scheduler import Progress, Request, TokenEvent
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -65,7 +55,7 @@ class Engine:
         self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self._group = _start_ranks(config) if config.tensor_parallel_size > 1 else None
+        self._group = start_ranks(config) if config.tensor_parallel_size > 1 else None
         self._live: dict[str, _Live] = {}
         self._untold: list[TokenOutput] = []  # what came between two steps
         try:
@@ -82,7 +72,7 @@ class Engine:
         loaded = load_model(config, check=(lambda: None) if group is None else group.check)
         config, model, device = loaded.config, loaded.model, loaded.device
         if config.deterministic:
-            _require_invariance(loaded.graph, loaded.operations, config.tensor_parallel_size)
+            require_invariance(loaded.graph, loaded.operations, config.tensor_parallel_size)
         weight_bytes = loaded.weights.num_bytes
         if group is not None:
             weight_bytes += sum(group.collect("loaded"))
@@ -108,7 +98,7 @@ class Engine:
         )
         policy = self._find_policy(config.overlap)
         budgets = policy.budgets(config.batch_tokens)
-        num_pages, max_model_len = _plan_memory(loaded, policy, group)
+        num_pages, max_model_len = agree_on_memory(loaded, policy, group)
         communicator, copier = None, None
         if group is not None:
             communicator = group.connect(device, num_pages=num_pages, max_model_len=max_model_len)
@@ -390,54 +380,3 @@ class Engine:
             self.step()
         self.loop.stats = LoopStats()
         self.executor.timeline.reset()
-
-
-def _start_ranks(config: EngineConfig) -> RankGroup:
-    """Start the other ranks, once it is clear that the model can be divided between them."""
-    config.shard().check(read_config(find_model(config.model)))
-    return RankGroup(config, pick_device(config.device, 0, config.tensor_parallel_size).type)
-
-
-def _plan_memory(
-    loaded: LoadedModel, policy: OverlapPolicy, group: RankGroup | None
-) -> tuple[int, int]:
-    """Pages of KV and the greatest length, for which every rank has the room.
-
-    Raises:
-        ModelLoadError: A rank has too little.
-    """
-    if group is not None:
-        plans = policy.plan_set
-        group.tell({"size": None if plans is None else plans.model_dump(mode="json")})
-    own = asdict(loaded.plan_memory(policy))
-    sized = [own] if group is None else [own, *group.collect("sized")]
-    for rank, plan in enumerate(sized):
-        if plan["problem"] is not None:
-            where = f"rank {rank} of {len(sized)}: " if rank else ""
-            raise ModelLoadError(f"{where}{plan['problem']}; {', or '.join(plan['advice'])}")
-    smallest = min(sized, key=lambda plan: int(plan["num_pages"]))
-    for advice in smallest["advice"]:
-        _log.warning("%s", advice)
-    return smallest["num_pages"], smallest["max_model_len"]
-
-
-def _require_invariance(graph: LayerGraph, operations: ops.OperationSet, ranks: int) -> None:
-    """Refuse operations whose rows depend on what else is in the batch."""
-    parts = (graph.prologue, *graph.layers, graph.epilogue)
-    needed = {"sample"} | {
-        operation.kind
-        for part in parts
-        for operation in part
-        if operation.category is not Category.NETWORK
-    }
-    if varying := sorted(needed - operations.invariant):
-        raise ModelLoadError(
-            f"deterministic is set, but the {operations.name} operations {', '.join(varying)} "
-            f"depend on what else is in the batch; use the native kernels of a CPU, or leave it off"
-        )
-    if ranks > 2:  # the order of addition depends on the place in the tensor (`Communicator`)
-        raise ModelLoadError(
-            f"deterministic is set and tensor_parallel_size is {ranks}, but sums over more than 2 "
-            f"ranks depend on what else is in the batch; set it to 2 or 1, or leave deterministic "
-            f"off"
-        )
