@@ -316,6 +316,8 @@ def test_the_network_between_ranks_is_measured(tiny_checkpoint: MakeCheckpoint) 
         assert probe.peaks.sent_per_second > 0
         plan = TEMPLATES["two-batch"](llm.engine.graph)
         sequential, measured = probe.measure([plan], Load(6, 20, 12), rounds=6)
+        with pytest.raises(PlanError, match="collectives on the lanes first, second"):
+            probe.measure([TEMPLATES["co-resident"](llm.engine.graph)], Load(6, 20, 12), rounds=1)
         probe.close()
         for one in (sequential, measured):
             assert one.network is not None

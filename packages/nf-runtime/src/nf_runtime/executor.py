@@ -185,7 +185,7 @@ class Executor:
         """
         plans = policy.plan_set.plans if policy.plan_set is not None else ()
         for plan in plans:
-            check_plan(plan, self._schedules, self._bound)
+            self.check(plan)
         self._api.release()
         try:
             for plan in plans:
@@ -207,6 +207,14 @@ class Executor:
         """Capture the device graphs of the policy's plans."""
         with torch.inference_mode(), self._api.stream:
             self.device_graphs.capture(lambda decodes: self._policy.choose(decodes, decodes).plan)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that cannot be run here.
+
+        Raises:
+            PlanError: As `check_plan`.
+        """
+        check_plan(plan, self._schedules, self._bound)
 
     def launch(
         self,

@@ -67,8 +67,11 @@ class Probe:
 
         Raises:
             ValueError: The engine has no room for such a batch.
+            PlanError: A plan cannot be run here.
             RuntimeError: It has requests.
         """
+        for plan in plans:
+            self._executor.check(plan)
         sequential = self._executor.policy.sequential
         asked = [sequential, *plans]
         traces: list[list[IterationTrace]] = [[] for _ in asked]

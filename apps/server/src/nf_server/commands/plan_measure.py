@@ -107,7 +107,9 @@ def _plans(engine: Engine) -> list[Plan]:
     plans = []
     for name, template in TEMPLATES.items():
         try:
-            plans.append(template(engine.graph))
+            plan = template(engine.graph)
+            engine.executor.check(plan)
+            plans.append(plan)
         except PlanError as error:
             print(f"{name} is left out: {as_flags(str(error))}")
     return plans
