@@ -24,6 +24,7 @@ from nf_kernels.cuda.tiles import all_tiles  # noqa: E402
 
 MECHANISMS = ("green_contexts", "capped", "shared")
 COLLECTIVES = ("nccl", "mscclpp")
+ITERATIONS = ("streams", "graphs")
 STATUSES = ("executed", "failed", "measured")
 RECORD_KEYS = ("date", "fingerprint", "nvcc", "cutlass", "kernels")
 RUN_KEYS = ("device", "date", "torch", "functions")
@@ -48,6 +49,7 @@ def function_names() -> list[str]:
         *(f"op/{name}" for name in operations),
         *(f"lanes/{name}" for name in MECHANISMS),
         *(f"collectives/{name}" for name in COLLECTIVES),
+        *(f"iterations/{name}" for name in ITERATIONS),
     ]
 
 

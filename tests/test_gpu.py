@@ -1,6 +1,7 @@
 """The engine on a CUDA device gives the tokens that it gives on the CPU."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}])
-def test_tokens_equal_those_of_the_cpu(tmp_path: Path, sampling: dict[str, float]) -> None:
+def test_tokens_equal_those_of_the_cpu(
+    tmp_path: Path, sampling: dict[str, float], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("function", "iterations/streams")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     prompts = [{"prompt_token_ids": [i + 1] * (7 * i + 1)} for i in range(12)]
     params = SamplingParams(max_tokens=40, seed=1, ignore_eos=True, logprobs=3, **sampling)
@@ -36,6 +40,7 @@ def test_tokens_equal_those_of_the_cpu(tmp_path: Path, sampling: dict[str, float
             device=device,
             kv_cache_tokens=4096,
             max_num_batched_tokens=64,
+            cuda_graphs=False,
         )
         outputs = llm.generate(prompts, params, use_tqdm=False)
         answers[device] = [output.outputs[0].token_ids for output in outputs]
@@ -45,8 +50,13 @@ def test_tokens_equal_those_of_the_cpu(tmp_path: Path, sampling: dict[str, float
 @pytest.mark.parametrize("overlap", ["off", "nanoflow", "co-resident"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_graphs_compute_what_streams_do(
-    tmp_path: Path, dtype: str, overlap: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    dtype: str,
+    overlap: str,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    record_property("function", "iterations/graphs")
     monkeypatch.setattr("nf_runtime.device_graphs._LEAST_GAIN", 0.0)
     # Heads of 64 are what FlashInfer takes.
     shape = {"num_attention_heads": 2, "num_key_value_heads": 1}
