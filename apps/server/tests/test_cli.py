@@ -186,6 +186,17 @@ def test_plan_memory_counts_what_each_lane_of_experts_needs(tmp_path: Path) -> N
     assert planned["co-resident"] - planned["off"] == 2 * 512 * 2 * per_row * 4
 
 
+def test_plan_memory_counts_the_graphs_of_a_gpu() -> None:
+    planned = []
+    for options in ([], ["--no-cuda-graphs"]):
+        gpu = ("--device", "cuda", "--device-memory", "80GiB")
+        result = nanoflow("plan", "memory", DEMO_MODEL, *gpu, *options, "--json")
+        assert result.returncode == 0, result.stderr
+        planned.append(json.loads(result.stdout))
+    graphs = 256 * 2**20 + 15 * 16 * 2**20 + planned[0]["page_bytes"]
+    assert planned[0]["workspace_bytes"] - planned[1]["workspace_bytes"] == graphs
+
+
 def test_plan_memory_is_what_the_engine_does() -> None:
     options = ["--kv-device-bytes", "3MiB", "--dtype", "float32"]
     plan = json.loads(nanoflow("plan", "memory", DEMO_MODEL, *options, "--json").stdout)

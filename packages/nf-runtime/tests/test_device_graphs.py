@@ -13,6 +13,7 @@ from recorded_device import GraphDevice, RecordedWork
 from nf_runtime import LLM, EngineConfig, SamplingParams
 from nf_runtime import device_graphs as module
 from nf_runtime.padded_decodes import graph_sizes, no_decodes, pad_decodes
+from nf_runtime.pipeline.workspace import Layout
 
 MakeCheckpoint = Callable[..., Path]
 PROMPTS = [[3, 5, 8], [13, 21], [34, 55, 89, 144], [7], [9, 9, 9]]
@@ -74,6 +75,17 @@ def launches(llm: LLM) -> int:
     return llm.engine.stats.cuda_graph_steps
 
 
+def test_graphs_run_sequentially_what_a_plan_leaves_in_one_piece(
+    device: GraphDevice, tiny_checkpoint: MakeCheckpoint
+) -> None:
+    with load(tiny_checkpoint("llama3"), overlap="pd-multiplex") as llm:
+        graphs = llm.engine.executor.device_graphs
+        assert {graph.plan.name for graph in graphs.captured} == {"sequential"}
+        answers(llm)
+        assert launches(llm) > 0
+        assert llm.engine.stats.overlap_steps["sequential"]["one_nano_batch"] > 0
+
+
 @pytest.mark.parametrize("overlap", ["off", "nanoflow", "co-resident"])
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "mistral"])
 def test_graphs_give_the_tokens_of_streams(
@@ -88,7 +100,9 @@ def test_graphs_give_the_tokens_of_streams(
         graphs = llm.engine.executor.device_graphs
         assert [graph.size for graph in graphs.captured] == [8, 4, 2, 1]
         plan = {"off": "sequential"}.get(overlap, overlap)
-        assert {graph.plan.name for graph in graphs.captured} == {plan}
+        # One decode is in one piece, whatever the plan.
+        names = [plan, plan, plan, "sequential"]
+        assert [graph.plan.name for graph in graphs.captured] == names
         assert answers(llm) == wanted
         # Requests end one by one, so that every size had its turn, filled up or not.
         decodes = sum(llm.engine.executor.timeline.steps.values())
@@ -160,17 +174,19 @@ def test_pages_go_to_the_host_behind_a_graph(
         assert answers(llm, longer, max_tokens=3) == again
 
 
-def test_edges_that_move_are_captured_anew(
+def test_edges_that_move_leave_graphs_what_they_were_captured_with(
     device: GraphDevice, tiny_checkpoint: MakeCheckpoint
 ) -> None:
     path = tiny_checkpoint("llama3")
     with load(path, cuda_graphs=False) as llm:
         wanted = answers(llm)
     with load(path) as llm:
-        before = len(device.graphs)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        logits = llm.engine.executor._activations.rows("logits", 0, 1, Layout.BY_EDGE).data_ptr()
         llm.generate([{"prompt_token_ids": list(range(60))}], params)
-        assert len(device.graphs) == before + len(SIZES)
+        moved = llm.engine.executor._activations.rows("logits", 0, 1, Layout.BY_EDGE).data_ptr()
+        assert moved != logits
+        assert len(device.graphs) == len(SIZES)  # a request makes nothing be captured
         done = launches(llm)
         assert answers(llm) == wanted
         assert launches(llm) > done
@@ -186,6 +202,43 @@ def test_a_swap_of_plans_captures_those_of_the_new_one(
             done = launches(llm)
             assert answers(llm) == wanted
             assert launches(llm) > done
+
+
+def test_one_size_that_cannot_be_captured_leaves_the_others(
+    device: GraphDevice, tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = device.capture
+
+    def sometimes(work: Callable[[], object]) -> Any:
+        if not device.graphs:
+            device.graphs.append(RecordedWork([]))
+            raise torch.OutOfMemoryError("out of memory")
+        return capture(work)
+
+    monkeypatch.setattr(device, "capture", sometimes)
+    with load(tiny_checkpoint("llama3")) as llm:
+        assert [graph.size for graph in llm.engine.executor.device_graphs.captured] == [4, 2, 1]
+        answers(llm)
+        assert launches(llm) > 0
+
+
+def test_graphs_are_given_up_before_lanes_are(
+    device: GraphDevice, tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    with load(tiny_checkpoint("llama3"), overlap="nanoflow") as llm:
+        graphs = llm.engine.executor.device_graphs
+
+        def note(what: str) -> Callable[[], None]:
+            return lambda: order.append((what, len(graphs.captured)))
+
+        for what in ("synchronize", "release", "close"):
+            monkeypatch.setattr(device, what, note(what))
+        llm.engine.set_overlap("off")
+        assert order[:2] == [("synchronize", 4), ("release", 0)]
+        llm.engine.executor.close()
+        assert order[-2:] == [("synchronize", 4), ("close", 0)]
+        monkeypatch.undo()
 
 
 def test_hooks_and_timed_iterations_run_by_streams(
@@ -212,7 +265,8 @@ def test_what_cannot_be_captured_runs_by_streams_and_is_said(
     with caplog.at_level(logging.WARNING), load(path) as llm:
         assert answers(llm) == wanted
         assert launches(llm) == 0
-    assert "decodes run without device graphs: that of 8 cannot be captured: " in caplog.text
+    for size in SIZES:
+        assert f"{size} decodes run without a device graph: operation not perm" in caplog.text
 
 
 def test_a_graph_that_computes_something_else_is_not_used(
@@ -248,11 +302,15 @@ def test_a_graph_that_gains_nothing_is_not_used(
 @pytest.mark.parametrize(
     ("options", "kind", "sizes"),
     [
-        ({}, "cuda", (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)),
-        ({"max_num_seqs": 20}, "cuda", (1, 2, 4, 8, 16, 20)),
+        ({}, "cuda", (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)),
+        ({"max_num_seqs": 20}, "cuda", (1, 2, 4, 6, 8, 12, 16, 20)),
         ({"max_num_seqs": 1}, "cuda", (1,)),
         ({"max_num_batched_tokens": 5}, "cuda", (1, 2, 4, 5)),
-        ({"max_num_seqs": 1024}, "cuda", (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)),
+        (
+            {"max_num_seqs": 1024},
+            "cuda",
+            (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+        ),
         ({"cuda_graphs": False}, "cuda", ()),
         ({"tensor_parallel_size": 2}, "cuda", ()),
         ({}, "cpu", ()),
@@ -263,13 +321,13 @@ def test_sizes(options: dict[str, Any], kind: str, sizes: tuple[int, ...]) -> No
 
 
 def test_a_padded_batch() -> None:
-    nothing = np.zeros((0, 0), dtype=np.int32)
-    batch, tables = pad_decodes(no_decodes(), nothing, size=2, num_pages=3, page=7)
+    nothing = np.zeros((0, 3), dtype=np.int32)
+    batch, tables = pad_decodes(no_decodes(), nothing, size=2, page=7)
     assert len(batch) == batch.num_decodes == batch.num_tokens == 2
     assert batch.samples.all()
     assert tables.tolist() == [[7, 7, 7], [7, 7, 7]]
-    own = np.array([[4, 2]], dtype=np.int32)
-    single, _ = pad_decodes(no_decodes(), nothing, size=1, num_pages=2, page=0)
-    batch, tables = pad_decodes(single, own, size=2, num_pages=3, page=7)
+    own = np.array([[4, 2, 0]], dtype=np.int32)
+    single, _ = pad_decodes(no_decodes(), nothing, size=1, page=0)
+    batch, tables = pad_decodes(single, own, size=2, page=7)
     assert batch.query_start.tolist() == [0, 1, 2]
-    assert tables.tolist() == [[4, 2, 7], [7, 7, 7]]
+    assert tables.tolist() == [[4, 2, 0], [7, 7, 7]]

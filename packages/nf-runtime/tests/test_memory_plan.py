@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from nf_runtime.device import DeviceMemory, _container_memory, _machine_memory, 
 from nf_runtime.errors import ModelLoadError
 from nf_runtime.memory_plan import MemoryPlan, format_bytes, plan_memory, weight_bytes
 from nf_runtime.memory_plan import workspace_bytes as planned_workspace
-from nf_runtime.models import read_config
+from nf_runtime.models import decoder_graph, read_config
+from nf_runtime.pipeline.policy import make_policy
 
 MakeCheckpoint = Callable[..., Path]
 GIB = 1 << 30
@@ -288,7 +290,7 @@ def test_sizes_are_written_for_people() -> None:
 
 def test_graphs_of_a_gpu_take_memory_by_their_sizes(llama_8b: Any) -> None:
     page_bytes = plan(llama_8b, gpu(80)).page_bytes
-    sizes = {1: 1, 256: 13}  # by max_num_seqs
+    sizes = {1: 1, 256: 15}  # by max_num_seqs
     for requests, count in sizes.items():
         options = {"max_num_seqs": requests}
         without = plan(llama_8b, gpu(80), cuda_graphs=False, **options).workspace_bytes
@@ -296,3 +298,25 @@ def test_graphs_of_a_gpu_take_memory_by_their_sizes(llama_8b: Any) -> None:
         assert more == (256 << 20) + count * (16 << 20) + page_bytes
     on_cpu = [plan(llama_8b, cpu(80), cuda_graphs=on).workspace_bytes for on in (True, False)]
     assert on_cpu[0] == on_cpu[1]
+
+
+def test_lanes_and_nano_batches_of_a_gpu_take_memory_for_attention(llama_8b: Any) -> None:
+    config = EngineConfig(model="m", max_num_seqs=1)
+    graph = decoder_graph(llama_8b)
+    sizes = {}
+    for overlap in ("off", "nanoflow-4"):
+        for graphs in (False, True):
+            made = plan_memory(
+                replace(config, cuda_graphs=graphs),
+                llama_8b,
+                gpu(80),
+                torch.bfloat16,
+                policy=make_policy(overlap, graph),
+            )
+            sizes[overlap, graphs] = made.workspace_bytes
+    # Prompts attend on one lane, decodes on another; four nano-batches have a plan each.
+    assert sizes["nanoflow-4", False] - sizes["off", False] == 2 * (256 << 20)
+    more = {
+        overlap: sizes[overlap, True] - sizes[overlap, False] for overlap in ("off", "nanoflow-4")
+    }
+    assert more["nanoflow-4"] - more["off"] == 3 * (16 << 20)

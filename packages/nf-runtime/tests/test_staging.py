@@ -124,5 +124,23 @@ def test_fixed_arrays_tell_which_numbers_they_have_on_the_host() -> None:
 @pytest.mark.parametrize(("ids", "lens"), [([1] * 9, [2]), ([1], [2, 3])])
 def test_fixed_arrays_of_other_shapes_are_refused(ids: list[int], lens: list[int]) -> None:
     fixed = FixedArrays(filled([1], [2]), ["ids", "lens"])
-    with pytest.raises(RuntimeError, match="have other shapes than the first ones had"):
+    with pytest.raises(
+        RuntimeError, match=r"^array (ids|lens) is \[\d\]; expected at most \[1\], wh"
+    ):
         fixed.take(filled(ids, lens))
+
+
+def table(rows: list[list[int]]) -> StagingBuffer:
+    buffer = StagingBuffer(CPU)
+    buffer.fill({"table": np.array(rows, dtype=np.int32)})
+    buffer.upload()
+    return buffer
+
+
+def test_a_fixed_table_takes_one_with_fewer_columns() -> None:
+    fixed = FixedArrays(table([[1, 2, 3], [4, 5, 6]]), ["table"])
+    fixed.take(table([[7], [8]]))
+    assert fixed.on_device("table").tolist() == [[7, 2, 3], [8, 5, 6]]
+    assert fixed.host("table").tolist() == [[7], [8]]
+    with pytest.raises(RuntimeError, match=r"^array table is \[2, 4\]; expected at most \[2, 3\]"):
+        fixed.take(table([[1] * 4] * 2))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,7 @@ if "nf_runtime.ranks.process" in sys.orig_argv:
     if where == "load":
         loaded_model.load_weights = fail
     else:
-        loaded_model.Executor.launch = fail
+        setattr(loaded_model.Executor, where, fail)
 """
 
 
@@ -471,6 +472,41 @@ def test_ranks_that_have_not_started_end_at_once(tiny_checkpoint: MakeCheckpoint
     with pytest.raises(ModelLoadError, match="of KV do not fit"):
         load(tiny_checkpoint("llama3"), 2, kv_cache_tokens=1 << 40)
     assert time.monotonic() - started < 8
+
+
+def test_a_rank_that_fails_at_its_end_says_why(
+    tiny_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAIL_AT", "close")
+    with load(tiny_checkpoint("llama3", vocab_size=VOCAB_SIZE), 2) as llm:
+        run(llm)
+    assert "rank 1 of 2 failed: MemoryError: no room for the test" in caplog.text
+
+
+def test_an_interrupted_measurement_of_the_network_ends_the_ranks(
+    tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load(tiny_checkpoint("llama3", vocab_size=VOCAB_SIZE), 2)
+    (rank,) = ranks_of(os.getpid()).values()
+    measure = llm.engine.executor.measure
+
+    def interrupted(measurement: Any) -> Any:
+        if isinstance(measurement, partial):  # of the network, in which the other rank is now
+            raise KeyboardInterrupt
+        return measure(measurement)
+
+    monkeypatch.setattr(llm.engine.executor, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.engine.measure_peaks()
+    started = time.monotonic()
+    llm.shutdown()
+    assert time.monotonic() - started < 5
+    assert not Path(f"/proc/{rank}").exists()
 
 
 def test_a_rank_that_does_not_end_is_killed(

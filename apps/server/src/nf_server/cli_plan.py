@@ -9,6 +9,7 @@ import typer
 
 from nf_server.byte_size import parse_byte_size
 from nf_server.cli_options import (
+    CudaGraphs,
     Device,
     Dtype,
     ExpertParallel,
@@ -62,6 +63,7 @@ def memory(
     expert_parallel: ExpertParallel = False,
     overlap: Overlap = "auto",
     plan_dir: PlanDir = None,
+    cuda_graphs: CudaGraphs = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say whether weights, KV cache and workspace of MODEL fit; nothing is loaded.
@@ -86,6 +88,7 @@ def memory(
         expert_parallel=expert_parallel,
         overlap=overlap,
         plan_dir=plan_dir,
+        cuda_graphs=cuda_graphs,
     )
     raise typer.Exit(command.memory(options, device_memory, as_json=as_json))
 

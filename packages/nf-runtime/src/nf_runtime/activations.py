@@ -51,6 +51,11 @@ class Activations:
         return self._num_selected
 
     @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The memory, as it is now; `reserve_selected` puts other buffers in the place of some."""
+        return tuple(self._buffers)
+
+    @property
     def num_bytes(self) -> int:
         """Of all of it."""
         return sum(buffer.nbytes for buffer in self._buffers)

@@ -5,7 +5,8 @@ Not yet run on a device; docs/gpu-status.md says what is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -42,26 +43,58 @@ class CudaGraphCapture:
         # One stream for all: what operations keep for a stream is there when the capture begins.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._failure: RuntimeError | None = None
 
     def capture(self, work: Callable[[], object]) -> DeviceGraph:
         """Do some work, and record it.
 
         Args:
             work: Gives it to the current stream, and to others that wait for it and that it waits
-                for in the end. Called twice: what is made by a first call cannot be captured.
+                for in the end. It is called three times: what is made by a first call cannot be
+                captured, nor what waits for the device, which a second call finds out.
 
         Raises:
-            RuntimeError: Some of it cannot be captured, such as one that waits for the device.
+            RuntimeError: Some of it cannot be captured, or a capture has failed before.
         """
+        if self._failure is not None:
+            raise RuntimeError(f"an earlier capture has failed: {self._failure}")
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+                with _refused_waits():
+                    work()
+            return _CudaGraph(self._record(work, current))
+        finally:
+            current.wait_stream(self._stream)
+
+    def _record(
+        self, work: Callable[[], object], current: torch.cuda.Stream
+    ) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on to copy KV.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            work()
-        current.wait_stream(self._stream)
-        return _CudaGraph(graph)
+        try:
+            # Other threads may go on to copy KV.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                work()
+        except RuntimeError as error:
+            # torch leaves its stream, and its allocator the pool, only where a capture succeeds.
+            torch.cuda.set_stream(current)
+            # What ended the capture tells more than that it ended.
+            cause = error.__context__
+            self._failure = cause if isinstance(cause, RuntimeError) else error
+            raise self._failure from error
+        return graph
+
+
+@contextmanager
+def _refused_waits() -> Iterator[None]:
+    """Have what waits for the device raise a RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

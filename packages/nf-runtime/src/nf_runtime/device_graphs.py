@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _ROUNDS = 5  # of launches that are timed
 _LEAST_GAIN = 1.02  # of a graph, for which it is kept
+_TOLERANCE = 0.05  # of the largest logit: streams may cut attention otherwise
+_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,9 @@ class DecodeGraph:
         division: How that cuts it.
         schedule: That was recorded.
         arrays: Which it reads.
+        logits: Which it writes, [size, V].
         work: What was recorded.
-        gain: Time of the same by streams over time by graph.
+        memory: What it works in.
     """
 
     size: int
@@ -53,8 +56,9 @@ class DecodeGraph:
     division: Division
     schedule: Schedule
     arrays: FixedArrays
+    logits: Tensor
     work: DeviceGraph
-    gain: float
+    memory: tuple[Tensor, ...]
 
 
 class DeviceGraphs:
@@ -74,7 +78,8 @@ class DeviceGraphs:
 
     Attributes:
         launches: Iterations that were launched as a graph; grows.
-        gains: For each size that was captured, the time by streams by that as a graph.
+        gains: For each size that was captured, the time by streams by that as a graph, with next to
+            no context, from the batch on the host to the logits.
     """
 
     def __init__(
@@ -110,37 +115,38 @@ class DeviceGraphs:
         """Those that are in use, the largest first."""
         return tuple(self._captured.values())
 
-    def capture(self, plan_of: Callable[[int], Plan]) -> None:
-        """Capture a graph for each size, in place of those before.
-
-        Those stay that are faster than their streams and give the same logits.
-
-        Args:
-            plan_of: Tells by which plan so many decodes run.
-        """
+    def clear(self) -> None:
+        """Give up all, when the device is through with them; before lanes are given back."""
+        if self._captured:
+            self._api.synchronize()
         self._captured.clear()
         self.gains.clear()
+
+    def capture(self, plan_of: Callable[[Batch], Plan]) -> None:
+        """Capture a graph for each size, in place of those before.
+
+        Those stay that are faster than their streams and compute the same.
+
+        Args:
+            plan_of: Tells by which plan a batch runs.
+        """
+        self.clear()
         started = time.perf_counter()
         for size in reversed(self._sizes):
             try:
-                graph = self._capture(plan_of(size), size)
+                graph, gain = self._capture(plan_of, size)
             except RuntimeError as error:
-                _log.warning(
-                    "decodes run without device graphs: that of %d cannot be captured: %s",
-                    size,
-                    error,
-                )
-                self._captured.clear()
-                return
-            self.gains[size] = graph.gain
-            if graph.gain >= _LEAST_GAIN:
+                _log.warning("%d decodes run without a device graph: %s", size, error)
+                continue
+            self.gains[size] = gain
+            if gain >= _LEAST_GAIN:
                 self._captured[size] = graph
-        if self._sizes:
+        if self.gains:
             _log.info(
                 "device graphs of decodes, by size their gain over streams (used from %.2f): %s; "
                 "captured in %.1f s",
                 _LEAST_GAIN,
-                ", ".join(f"{size}: {self.gains[size]:.2f}" for size in self._sizes),
+                ", ".join(f"{size}: {gain:.2f}" for size, gain in sorted(self.gains.items())),
                 time.perf_counter() - started,
             )
 
@@ -157,7 +163,7 @@ class DeviceGraphs:
         self, graph: DecodeGraph, batch: Batch, page_tables: np.ndarray
     ) -> tuple[Batch, np.ndarray]:
         """A batch as its graph takes it; `pad_decodes`."""
-        return self._pad(batch, page_tables, graph.size)
+        return pad_decodes(batch, page_tables, size=graph.size, page=self._padding_page)
 
     def launch(
         self,
@@ -185,32 +191,59 @@ class DeviceGraphs:
                 self._api.stream.call(partial(offload.after_append, layer))
         self.launches += 1
 
-    def _capture(self, plan: Plan, size: int) -> DecodeGraph:
+    def _capture(self, plan_of: Callable[[Batch], Plan], size: int) -> tuple[DecodeGraph, float]:
         """A graph, and what it gains.
 
         Raises:
             RuntimeError: It cannot be captured, or computes something else than its streams.
         """
-        batch, tables = self._pad(no_decodes(), np.zeros((0, 0), dtype=np.int32), size)
-        nothing = np.zeros(0, dtype=np.int64)
-        division = divide(plan.nano_batches, size, nothing, selected=size)
+        batch, _ = self._padding(size, 1)
+        plan = plan_of(batch)
+        division = divide(plan.nano_batches, size, _NOTHING, selected=size)
         schedule = self._schedules.get(plan, division.structure, notices=False)
+        streams = self._api.streams(plan)
         buffer = StagingBuffer(self._device)
-        staged = stage(
-            batch, division, schedule.layout, tables, self._page_size, nothing, {}, buffer
-        )
-        buffer.upload()
+        staged = self._stage(schedule, division, buffer, num_pages=self._num_pages)
         arrays = FixedArrays(buffer, [source.name for source in INPUTS])
         fixed = self._prepare(schedule, staged, buffer, arrays)
-        run = partial(self._runner.run, schedule, fixed, self._api.streams(plan), None)
-        work = self._api.capture(run)
+        work = self._api.capture(partial(self._runner.run, schedule, fixed, streams, None))
         logits = self._activations.rows("logits", 0, size, schedule.layout)
-        by_streams, expected = self._time(run, logits)
-        by_graph, got = self._time(work.launch, logits)
-        if not torch.equal(got, expected):
-            furthest = float((got - expected).abs().max())
-            raise RuntimeError(f"its logits are up to {furthest:g} from those of its streams")
-        return DecodeGraph(size, plan, division, schedule, arrays, work, by_streams / by_graph)
+        memory = self._activations.buffers
+        graph = DecodeGraph(size, plan, division, schedule, arrays, logits, work, memory)
+
+        def by_streams() -> None:
+            own = self._stage(schedule, division, buffer, num_pages=1)
+            self._operations.prepare(own.attention(schedule.attention))
+            self._runner.run(schedule, own, streams, None)
+
+        def by_graph() -> None:
+            own = self._stage(schedule, division, buffer, num_pages=1)
+            self._prepare(schedule, own, buffer, arrays)
+            work.launch()
+
+        seconds_by_streams, expected = self._time(by_streams, logits)
+        seconds_by_graph, got = self._time(by_graph, logits)
+        furthest, most = float((got - expected).abs().max()), float(expected.abs().max())
+        if not furthest <= _TOLERANCE * most:  # so that NaN is no good either
+            raise RuntimeError(
+                f"its logits are up to {furthest:g} from those of its streams, which are up to "
+                f"{most:g}"
+            )
+        return graph, seconds_by_streams / seconds_by_graph
+
+    def _stage(
+        self, schedule: Schedule, division: Division, buffer: StagingBuffer, *, num_pages: int
+    ) -> StagedBatch:
+        """Send a batch of decodes of nobody."""
+        batch, tables = self._padding(division.bounds[-1], num_pages)
+        layout = schedule.layout
+        staged = stage(batch, division, layout, tables, self._page_size, _NOTHING, {}, buffer)
+        buffer.upload()
+        return staged
+
+    def _padding(self, size: int, num_pages: int) -> tuple[Batch, np.ndarray]:
+        nobody = np.zeros((0, num_pages), dtype=np.int32)
+        return pad_decodes(no_decodes(), nobody, size=size, page=self._padding_page)
 
     def _prepare(
         self, schedule: Schedule, staged: StagedBatch, buffer: StagingBuffer, arrays: FixedArrays
@@ -232,8 +265,3 @@ class DeviceGraphs:
             self._api.synchronize()
             seconds.append(time.perf_counter() - started)
         return median(seconds), logits.clone()
-
-    def _pad(self, batch: Batch, page_tables: np.ndarray, size: int) -> tuple[Batch, np.ndarray]:
-        return pad_decodes(
-            batch, page_tables, size=size, num_pages=self._num_pages, page=self._padding_page
-        )

@@ -186,13 +186,16 @@ class Executor:
         plans = policy.plan_set.plans if policy.plan_set is not None else ()
         for plan in plans:
             self.check(plan)
+        had_graphs = bool(self.device_graphs.captured)
+        self.device_graphs.clear()  # which use the lanes
         self._api.release()
         try:
             for plan in plans:
                 self._api.streams(plan)
         except RuntimeError as error:
-            self._api.release()
-            self._capture()  # lanes of the policy before are made again by who needs them
+            self._api.release()  # those of the policy before are made again by who needs them
+            if had_graphs:
+                self._capture()
             raise PlanError(
                 f"plan {plan.name!r} cannot have its lanes on this device: {error}"
             ) from error
@@ -206,7 +209,7 @@ class Executor:
     def _capture(self) -> None:
         """Capture the device graphs of the policy's plans."""
         with torch.inference_mode(), self._api.stream:
-            self.device_graphs.capture(lambda decodes: self._policy.choose(decodes, decodes).plan)
+            self.device_graphs.capture(lambda batch: self.choose(batch).plan)
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that cannot be run here.
@@ -264,8 +267,13 @@ class Executor:
         return trace
 
     def measure(self, measurement: Callable[..., _Result]) -> _Result:
-        """Call a measurement of the device with `operations`, `stream`, `dtype` and `device`."""
-        self.drain()
+        """Call a measurement of the device with `operations`, `stream`, `dtype` and `device`.
+
+        Raises:
+            RuntimeError: An iteration is in flight.
+        """
+        if self._launched:
+            raise RuntimeError("measure was called with iterations in flight; poll them first")
         return measurement(
             self._operations, self._api.stream, dtype=self._dtype, device=self._device
         )
@@ -283,6 +291,7 @@ class Executor:
         sampling = self.sampler.plan(batch)
         if self.before_launch is not None:
             self.before_launch(batch, page_tables, sampling.prompt_rows, choice.plan)
+        num_selected = len(sampling.slots) + len(sampling.prompt_rows)
         graph = None
         if not (timed or len(sampling.prompt_rows) or choice.reason is Reason.HOOKS):
             graph = self.device_graphs.find(choice.plan, batch)
@@ -291,7 +300,6 @@ class Executor:
             padded, page_tables = self.device_graphs.pad(graph, batch, page_tables)
             division, schedule = graph.division, graph.schedule
         else:
-            num_selected = len(sampling.slots) + len(sampling.prompt_rows)
             self._reserve_selected(num_selected)
             division = _divide(batch, choice.plan, num_selected)
             schedule = self._schedules.get(
@@ -317,20 +325,21 @@ class Executor:
                 self._sampled_ids.feed(buffer)
             if graph is not None:
                 self.device_graphs.launch(graph, staged, buffer, offload)
+                logits = graph.logits
             else:
+                logits = self._activations.rows("logits", 0, num_selected, schedule.layout)
                 times = self._forward(staged, choice, schedule, offload, timed)
                 if timed and times is not None:
                     trace = IterationTrace.of(batch, schedule, division, choice.reason), times
-            launched = self._sample(batch, staged, sampling, buffer, trace)
+            launched = self._sample(batch, logits, sampling, buffer, trace)
         self._ring.release(uploaded or launched.done)
         self._launched.append(launched)
 
     def _reserve_selected(self, count: int) -> None:
-        """Have room for so many rows whose logits are wanted."""
-        if self._activations.reserve_selected(count):  # and edges have moved
-            if self._program_runner is not None:
-                self._program_runner.rebind(self._activations.num_selected)
-            self._capture()
+        """Have room for so many rows whose logits are wanted; device graphs keep what they have."""
+        moved = self._activations.reserve_selected(count)
+        if moved and self._program_runner is not None:
+            self._program_runner.rebind(self._activations.num_selected)
 
     def call(self, function: Callable[[], object]) -> None:
         """Have a function called on the device, behind what was launched."""
@@ -360,6 +369,7 @@ class Executor:
     def close(self) -> None:
         """Forget what was launched, and end."""
         self.drain()
+        self.device_graphs.clear()
         self._api.close()
 
     def choose(self, batch: Batch) -> Choice:
@@ -401,7 +411,7 @@ class Executor:
     def _sample(
         self,
         batch: Batch,
-        staged: StagedBatch,
+        logits: Tensor,
         plan: SamplingPlan,
         buffer: StagingBuffer,
         trace: tuple[IterationTrace, NodeTimes] | None,
@@ -410,7 +420,6 @@ class Executor:
         stream = self._api.stream
         num_sampled = len(plan.slots)
         sampled, logprobs = None, None
-        logits = self._activations.rows("logits", 0, staged.num_selected, staged.layout)
         if num_sampled:
             sampled, logprobs = self.sampler.sample(logits[:num_sampled], plan, buffer, stream)
             if self._collectives:  # zero on all ranks but the one that samples

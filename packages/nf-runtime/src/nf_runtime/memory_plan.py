@@ -33,9 +33,9 @@ _GPU_RESERVE = 0.03
 # What libraries allocate on a GPU when they first run: kernels, workspaces of cuBLAS and of
 # FlashInfer. An estimate: not measured on a GPU yet.
 _GPU_LIBRARY_BYTES = 1 << 30
-# Device graphs have FlashInfer's workspace once more, and for each size a plan of attention for
-# each of two windows, of 8 MiB.
-_GPU_GRAPHS_BYTES = 256 << 20
+# FlashInfer's workspace, for each stream that attends.
+_GPU_ATTENTION_BYTES = 256 << 20
+# What a device graph has for each nano-batch: plans of attention for two windows, of 8 MiB each.
 _GPU_GRAPH_BYTES = 16 << 20
 
 # Per logit of a sampled row, beside the logit: log-probabilities in float32; with plain torch the
@@ -155,9 +155,8 @@ def plan_memory(
     if weights is None:
         weights = weight_bytes(model, dtype, shard)
     workspace = workspace_bytes(config, model, dtype, memory.kind, wanted_len, policy)
-    if sizes := graph_sizes(config, memory.kind):
-        workspace += _GPU_GRAPHS_BYTES + len(sizes) * _GPU_GRAPH_BYTES
-        workspace += page_bytes  # the page of what fills up their batches
+    if memory.kind == "cuda":
+        workspace += _gpu_attention_bytes(config, policy, page_bytes)
     host_tier = host_tier_bytes(config) if memory.kind == "cpu" else 0
     reserve = int(memory.total_bytes * (_CPU_RESERVE if memory.kind == "cpu" else _GPU_RESERVE))
     room = memory.free_bytes - workspace - host_tier - (0 if is_loaded else weights)
@@ -234,6 +233,22 @@ def workspace_bytes(
         per_row = 2 * model.hidden_size + 3 * len(shard.expert_inner(model))
         total += lanes * config.batch_tokens * model.experts_per_token * per_row * 4
     return total + (_GPU_LIBRARY_BYTES if kind == "cuda" else 0)
+
+
+def _gpu_attention_bytes(
+    config: EngineConfig, policy: OverlapPolicy | None, page_bytes: int
+) -> int:
+    """What attention on lanes and in device graphs needs, besides that on the whole device."""
+    plans = () if policy is None or policy.plan_set is None else policy.plan_set.plans
+    lanes = set[int]()
+    if policy is not None:
+        lanes = {*policy.lanes_of("decode_attention"), *policy.lanes_of("prefill_attention")} - {0}
+    total = len(lanes) * _GPU_ATTENTION_BYTES
+    if sizes := graph_sizes(config, "cuda"):
+        nano_batches = max((len(plan.nano_batches) for plan in plans), default=1)
+        total += _GPU_ATTENTION_BYTES + len(sizes) * nano_batches * _GPU_GRAPH_BYTES
+        total += page_bytes  # the page of what fills up their batches
+    return total
 
 
 def _gathered_bytes(config: EngineConfig, graph: LayerGraph, dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from nf_scheduler import Batch
 
 # A third of the rows is padding at most. Beyond, an iteration takes the device much longer than
 # the host needs to launch it.
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def graph_sizes(config: EngineConfig, kind: str) -> tuple[int, ...]:
@@ -42,20 +42,19 @@ def no_decodes() -> Batch:
 
 
 def pad_decodes(
-    batch: Batch, page_tables: np.ndarray, *, size: int, num_pages: int, page: int
+    batch: Batch, page_tables: np.ndarray, *, size: int, page: int
 ) -> tuple[Batch, np.ndarray]:
     """Add decodes of nobody: token 0 at position 0, whose K and V go to a page of nobody.
 
     Args:
         batch: Decodes alone, each of which samples.
-        page_tables: int32 [n, P].
+        page_tables: int32 [n, P], P at least 1.
         size: Decodes of the result.
-        num_pages: Columns of the result's page tables.
         page: That is read and written by the added ones.
     """
     more = size - len(batch)
-    tables = np.full((size, num_pages), page, dtype=np.int32)
-    tables[: len(batch), : page_tables.shape[1]] = page_tables
+    tables = np.full((size, page_tables.shape[1]), page, dtype=np.int32)
+    tables[: len(batch)] = page_tables
     zeros = np.zeros(more, dtype=np.int32)
     padded = replace(
         batch,

@@ -79,16 +79,6 @@ class StagingBuffer:
         part = self._on_device[start : start + array.nbytes]
         return part.view(_DTYPES[array.dtype]).view(array.shape)
 
-    def region(self, names: Sequence[str]) -> tuple[Tensor, dict[str, int]]:
-        """The device's memory that begins with some arrays, uint8 [bytes], and where each begins.
-
-        Args:
-            names: Of those that `fill` was given first, in that order.
-        """
-        starts = {name: self._arrays[name][0] for name in names}
-        end = max(starts[name] + self._arrays[name][1].nbytes for name in names)
-        return self._on_device[:end], starts
-
     def _allocate(self, size: int) -> Tensor:
         """Room for `size` bytes and some more: the next iterations need a little more each."""
         rounded = 1 << max(size - 1, 4095).bit_length()
@@ -104,26 +94,32 @@ class FixedArrays:
     """Arrays that stay where they are on the device, whichever buffer their numbers come from.
 
     Args:
-        buffer: Which has been sent, with arrays of the shapes that all will have.
-        names: Of its first arrays.
+        buffer: Which has been sent, with arrays as large as any that will be taken.
+        names: Of those that stay.
     """
 
     def __init__(self, buffer: StagingBuffer, names: Sequence[str]) -> None:
-        self._names = tuple(names)
-        memory, self._starts = buffer.region(self._names)
-        self._memory = memory.clone()
+        self._arrays = {name: buffer.on_device(name).clone() for name in names}
         self._buffer = buffer
 
     def take(self, buffer: StagingBuffer) -> None:
         """Copy the numbers of a buffer, in the order of the device's work after its `upload`.
 
+        Of a table they may be fewer columns; what is in the others stays.
+
         Raises:
-            RuntimeError: Its arrays have other shapes.
+            RuntimeError: An array has another shape.
         """
-        memory, starts = buffer.region(self._names)
-        if starts != self._starts or len(memory) != len(self._memory):
-            raise RuntimeError("the arrays of the buffer have other shapes than the first ones had")
-        self._memory.copy_(memory)
+        for name, fixed in self._arrays.items():
+            array = buffer.on_device(name)
+            place = fixed[:, : array.shape[1]] if fixed.ndim == 2 else fixed
+            if array.shape != place.shape:
+                raise RuntimeError(
+                    f"array {name} is {list(array.shape)}; expected at most {list(fixed.shape)}, "
+                    f"which was the first one's shape, and as many rows"
+                )
+            if array.numel():
+                place.copy_(array)
         self._buffer = buffer
 
     def host(self, name: str) -> Tensor:
@@ -132,10 +128,7 @@ class FixedArrays:
 
     def on_device(self, name: str) -> Tensor:
         """An array where it stays."""
-        array = self._buffer.host(name)
-        start = self._starts[name]
-        part = self._memory[start : start + array.nbytes]
-        return part.view(array.dtype).view(array.shape)
+        return self._arrays[name]
 
 
 class StagingRing:

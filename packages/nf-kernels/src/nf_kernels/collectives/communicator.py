@@ -134,6 +134,12 @@ class Communicator(ABC):
             self._ended = "the communicator is closed"
             self._close(failed=False)
 
+    def abort(self) -> None:
+        """Leave a group of which other ranks have ended; what waits for them is given up."""
+        if not self._ended:
+            self._ended = "the communicator is closed"
+            self._close(failed=True)
+
     def __enter__(self) -> Self:
         return self
 

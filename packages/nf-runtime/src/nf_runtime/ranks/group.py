@@ -200,6 +200,9 @@ class RankGroup:
             return executor.measure(partial(measure_network, communicator=self._communicator))
         except Exception as error:
             raise self.failure(error) from error
+        except BaseException as error:  # an interrupt: the other ranks wait in a sum
+            self.failure(error)
+            raise
 
     def check(self) -> None:
         """Raise `failure` if a rank has ended."""
@@ -225,20 +228,23 @@ class RankGroup:
             self._is_closing = True
             has_failed = self._reason is not None
         deadline = time.monotonic() + _STOP_SECONDS
+        all_stopped = not has_failed  # else all have been killed
         try:
-            if not has_failed:  # else all have been killed
+            if not has_failed:
                 for member in self._members:
                     member.stop()
                 for member in self._members:
-                    member.wait_stopped(deadline)
+                    all_stopped &= member.wait_stopped(deadline)
             if self._communicator is not None:
-                self._communicator.close()
+                if all_stopped:
+                    self._communicator.close()
+                else:
+                    self._communicator.abort()
         finally:
             for member in self._members:
                 status = member.end(deadline)
                 if status and not has_failed:
-                    how = _how_it_ended(status)
-                    _log.warning("rank %d of %d %s", member.rank, self.size, how)
+                    _log.warning("rank %d of %d %s", member.rank, self.size, member.how_it_ended)
             self._members.clear()
             _use_threads(*self._threads)
 
@@ -285,6 +291,7 @@ class _Member:
         rank: Its number.
         process: Its process.
         messages: What it has said; None at its end.
+        how_it_ended: Once it has.
     """
 
     def __init__(
@@ -306,6 +313,7 @@ class _Member:
             )
         self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.rank = rank
+        self.how_it_ended = ""
         self._lose = lose
         self._reader = threading.Thread(target=self._read, daemon=True, name=f"nf-rank-{rank}")
         self._reader.start()
@@ -315,20 +323,23 @@ class _Member:
         with contextlib.suppress(OSError):
             send(self.connection, Kind.STOP, b"")
 
-    def wait_stopped(self, deadline: float) -> None:
+    def wait_stopped(self, deadline: float) -> bool:
         """Wait until it has done all it was told, or has ended; kill it if it takes long.
 
         Args:
             deadline: When that is, by `time.monotonic`.
+
+        Returns:
+            Whether it has done all.
         """
         while True:
             try:
                 message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 self.process.kill()
-                return
+                return False
             if message is None or "stopped" in message:
-                return
+                return message is not None
 
     def end(self, deadline: float) -> int:
         """Wait until everything of it has ended, and kill it if it takes long.
@@ -359,6 +370,7 @@ class _Member:
                     self.messages.put(message)
         status = self.process.wait()
         how = _how_it_ended(status) if failed is None else f"failed: {failed['message']}"
+        self.how_it_ended = how
         self._lose(self.rank, how, failed is not None and failed["by_peer"])
         self.messages.put(None)
 

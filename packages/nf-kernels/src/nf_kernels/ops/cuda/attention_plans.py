@@ -31,7 +31,8 @@ from nf_kernels.ops.cuda.stream_states import StreamState, StreamStates, Wrapper
 from nf_kernels.ops.operation_set import AttentionBatch
 
 # What FlashInfer's split of long sequences writes between its two steps. It wants
-# heads * head_dim * 4 bytes for each row of each piece: 140 MB for 64 heads of 256 on 132 SMs.
+# heads * head_dim * 4 bytes for each row of each piece: 140 MB for 64 heads of 256 on 132 SMs. In a
+# device graph there are as many pieces as there can be, and where that is too much it refuses.
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -245,8 +246,9 @@ class AttentionPlans:
         indices, last_page = _used_entries(batch, pages, num_pages)
         wrapper.rows, wrapper.last_page, wrapper.num_pages = rows, last_page, num_pages
         if wrapper.in_graph:
-            # FlashInfer's copy from the host would hold it up until the device is idle.
-            indices = _gather_used(batch.page_table, pages)
+            if batch.page_table.is_cuda:
+                # FlashInfer's copy from the host would hold it up until the device is idle.
+                indices = _to_device(indices, batch.page_table.device)
             if wrapper.staged is not None:
                 wrapper.staged.synchronize()
         try:
@@ -299,19 +301,22 @@ def _check_page(page: int, num_pages: int) -> None:
         raise ValueError(f"page_table has {page} in use; expected 0 to {num_pages - 1}")
 
 
-def _gather_used(table: Tensor, pages: Tensor) -> Tensor:
-    """The entries in use, request by request, where the table is; `pages` is on the host."""
-    used = torch.arange(table.shape[1]) < pages.unsqueeze(1)
-    where = used.flatten().nonzero().squeeze(1).to(table.device, non_blocking=True)
-    return table.reshape(-1).index_select(0, where)
+def _to_device(entries: Tensor, device: torch.device) -> Tensor:
+    """A copy in the order of the device's work, for which the host does not wait."""
+    if entries.device == device:
+        return entries
+    return entries.pin_memory().to(device, non_blocking=True)
 
 
 def _used_entries(batch: AttentionBatch, pages: Tensor, num_pages: int) -> tuple[Tensor, int]:
     """The table's entries that are in use, int32, request by request, and the highest; or -1."""
     if batch.host_page_table is None:
         # On the device, where the table is: its entries are not seen here and not checked.
-        return _gather_used(batch.page_table, pages), -1
-    table = batch.host_page_table
+        table = batch.page_table
+        used = torch.arange(table.shape[1]) < pages.unsqueeze(1)
+        where = used.flatten().nonzero().squeeze(1).to(table.device, non_blocking=True)
+        return table.reshape(-1).index_select(0, where), -1
+    table = batch.host_page_table[:, : int(pages.max())]
     entries = table[torch.arange(table.shape[1]) < pages.unsqueeze(1)]
     lowest, highest = (int(end) for end in entries.aminmax())
     if lowest < 0:
