@@ -12,7 +12,7 @@ import torch
 import transformers
 
 sys.path.append(str(Path(__file__).parent))  # for the modules beside the tests
-pytest.register_assert_rewrite("feature_cells", "feature_checks")
+pytest.register_assert_rewrite("ranked_llm", "feature_cells", "feature_checks")
 from feature_checks import References  # noqa: E402  (only now can it be found)
 
 _BASE: dict[str, Any] = {
