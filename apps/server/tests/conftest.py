@@ -444,16 +444,16 @@ def nanoflow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
     What the machine can do at most is measured by the first command that asks, as always, and not
     again by each that follows, where it would take most of the time.
     """
-    from nf_runtime import probe
+    from nf_runtime import engine
 
-    measure = probe.measure_peaks
+    measure = engine.measure_peaks
 
     def measure_once(operations: Any, stream: Any, *, dtype: Any, device: Any) -> Any:
         if (dtype, device) not in _known_peaks:
             _known_peaks[dtype, device] = measure(operations, stream, dtype=dtype, device=device)
         return _known_peaks[dtype, device]
 
-    monkeypatch.setattr(probe, "measure_peaks", measure_once)
+    monkeypatch.setattr(engine, "measure_peaks", measure_once)
     return run_nanoflow
 
 

@@ -109,6 +109,8 @@ def check_tokens(path: Path, size: int, options: dict[str, Any], logs: Path) -> 
     assert stats.preemptions > 0
     assert stats.prefix_hit_tokens > 0
     assert (stats.iterations_ahead > 20) == options.get("async_scheduling", True)
+    if options.get("overlap", "off") != "off":
+        assert stats.overlap_steps[options["overlap"]]["planned"] > 10
     engine.kv_cache.check_integrity()
     (log,) = logs.iterdir()
     replay = Replay(str(log))

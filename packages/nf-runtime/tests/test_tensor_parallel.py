@@ -49,7 +49,11 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
             "native_kernels": False,
         },
     ),
+    ("llama-biased", 4, {"overlap": "off"}),
+    ("llama-biased", 4, {"overlap": "two-batch"}),
     ("mixtral", 2, {"native_programs": False}),
+    ("mixtral", 2, {"overlap": "two-batch"}),
+    ("mixtral", 4, {"overlap": "two-batch", "expert_parallel": True}),
     ("qwen3-moe-sparse", 2, {"expert_parallel": True, "async_scheduling": False}),
 ]
 
