@@ -51,7 +51,7 @@ def import_without_torch(module: str) -> subprocess.CompletedProcess[str]:
         "nf_runtime.pipeline.happens_before",
         "nf_runtime.pipeline.node_cost",
         "nf_runtime.pipeline.plan",
-        "nf_runtime.pipeline.plan_buckets",
+        "nf_runtime.plan_buckets",
         "nf_runtime.pipeline.plan_store",
         "nf_runtime.pipeline.policy",
         "nf_runtime.pipeline.random_order",

@@ -5,9 +5,9 @@ from pipeline_graphs import small_graph
 
 from nf_runtime.measured import Load, Measured
 from nf_runtime.pipeline.plan import Bucket, PlanSet
-from nf_runtime.pipeline.plan_buckets import default_loads, form_plan_set, loses
 from nf_runtime.pipeline.plan_store import PlanTarget
 from nf_runtime.pipeline.templates import co_resident, nanoflow, sequential
+from nf_runtime.plan_buckets import default_loads, form_plan_set, loses
 
 GRAPH = small_graph("dense")
 PLANS = [sequential(GRAPH), nanoflow(GRAPH), co_resident(GRAPH)]

@@ -41,8 +41,8 @@ def measure(
     """
     from nf_runtime import NanoFlowError
     from nf_runtime.measured import Load
-    from nf_runtime.pipeline.plan_buckets import form_plan_set
     from nf_runtime.pipeline.plan_store import default_directory, file_name
+    from nf_runtime.plan_buckets import form_plan_set
 
     measured: dict[Load, list[Measured]] = {}
     path = None if output is None else Path(output)
@@ -91,7 +91,7 @@ def measure(
 def _knows_more(path: Path, plan_set: PlanSet) -> bool:
     """Whether there is a plan set that would be a loss."""
     from nf_runtime.pipeline.plan import PlanError, read_plan_set
-    from nf_runtime.pipeline.plan_buckets import loses
+    from nf_runtime.plan_buckets import loses
 
     try:
         return loses(read_plan_set(path), plan_set)
@@ -121,7 +121,7 @@ def _loads(engine: Engine, probe: Probe, asked: list[Load] | None) -> list[Load]
     Raises:
         ValueError: One that was asked for does not fit, or no usual one does.
     """
-    from nf_runtime.pipeline.plan_buckets import default_loads
+    from nf_runtime.plan_buckets import default_loads
 
     if asked is not None:
         for load in asked:
@@ -180,7 +180,7 @@ def _measure(
 
 def _table(measured: dict[Load, list[Measured]]) -> list[str]:
     """A line per load: the plan with the greatest gain, and whether it is taken."""
-    from nf_runtime.pipeline.plan_buckets import adopted
+    from nf_runtime.plan_buckets import adopted
 
     width = max(len(str(load)) for load in measured)
     names = [one.plan for results in measured.values() for one in results]
