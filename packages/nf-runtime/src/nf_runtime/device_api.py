@@ -116,10 +116,6 @@ class _DividedDevice:
             self._divisions[key] = [self._stream_of(lane) for lane in made]
         return [self.stream, *self._divisions[key]]
 
-    def capture(self, work: Callable[[], object]) -> DeviceGraph:
-        """As `DeviceApi`."""
-        raise NotImplementedError
-
     def synchronize(self) -> None:
         """As `DeviceApi`."""
         for streams in self._divisions.values():
