@@ -106,16 +106,20 @@ def test_a_rank_that_is_killed_in_the_middle_is_named(
         assert time.monotonic() - ended < 5
 
 
-async def test_an_idle_engine_ends_with_a_rank(tiny_checkpoint: MakeCheckpoint) -> None:
-    engine = await AsyncEngine.start(
+async def start_on_two_ranks(path: Path) -> AsyncEngine:
+    return await AsyncEngine.start(
         EngineConfig(
-            model=str(tiny_checkpoint("llama3")),
+            model=str(path),
             tokenizer=str(Path(__file__).parents[3] / "models" / "nanoflow-demo"),
             tensor_parallel_size=2,
             kv_cache_tokens=512,
             max_model_len=128,
         )
     )
+
+
+async def test_an_idle_engine_ends_with_a_rank(tiny_checkpoint: MakeCheckpoint) -> None:
+    engine = await start_on_two_ranks(tiny_checkpoint("llama3"))
     stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
     assert sum([len(d.token_ids) async for deltas in stream for d in deltas]) == 3
     os.kill(ranks_of(engine.pid)["nanoflow-rank-1"], signal.SIGKILL)
@@ -125,15 +129,7 @@ async def test_an_idle_engine_ends_with_a_rank(tiny_checkpoint: MakeCheckpoint) 
 
 
 async def test_ranks_end_with_an_engine_that_is_killed(tiny_checkpoint: MakeCheckpoint) -> None:
-    engine = await AsyncEngine.start(
-        EngineConfig(
-            model=str(tiny_checkpoint("llama3")),
-            tokenizer=str(Path(__file__).parents[3] / "models" / "nanoflow-demo"),
-            tensor_parallel_size=2,
-            kv_cache_tokens=512,
-            max_model_len=128,
-        )
-    )
+    engine = await start_on_two_ranks(tiny_checkpoint("llama3"))
     rank = Path(f"/proc/{ranks_of(engine.pid)['nanoflow-rank-1']}")
     engine.submit([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True))
     os.kill(engine.pid, signal.SIGKILL)
